@@ -1,6 +1,58 @@
-"""Child-Tuning as a PEFT method."""
+"""Child-Tuning as a PEFT method: train a child network of a pretrained model, and save only its delta.
 
-from .errors import ChildTuningError
+Importing this package registers the method with PEFT, so import it before loading an adapter.
 
-__all__ = ["ChildTuningError"]
+    >>> from peft import get_peft_model
+    >>> from peft_childtune import ChildTuningConfig, select_child_network
+
+Source: Xu et al. 2021, Raise a Child in Large Language Model (arXiv:2109.05687).
+"""
+
+from .errors import (
+    BaseMismatchError,
+    BudgetError,
+    ChildTuningError,
+    ConfigError,
+    DeltaError,
+    FormatError,
+    IntegrityError,
+    PeftVersionError,
+    ScoreError,
+    SelectionError,
+    TargetError,
+    UnsupportedError,
+)
+from .network import ChildNetwork
+from .sparse import SparseDelta
+from .tuner import (
+    ChildTuningConfig,
+    ChildTuningModel,
+    get_child_network,
+    get_deltas,
+    select_child_network,
+    selection_report,
+)
+
+__all__ = [
+    "BaseMismatchError",
+    "BudgetError",
+    "ChildNetwork",
+    "ChildTuningConfig",
+    "ChildTuningError",
+    "ChildTuningModel",
+    "ConfigError",
+    "DeltaError",
+    "FormatError",
+    "IntegrityError",
+    "PeftVersionError",
+    "ScoreError",
+    "SelectionError",
+    "SparseDelta",
+    "TargetError",
+    "UnsupportedError",
+    "get_child_network",
+    "get_deltas",
+    "select_child_network",
+    "selection_report",
+]
 __version__ = "0.1.0"

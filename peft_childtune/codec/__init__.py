@@ -1,0 +1,15 @@
+"""Children to bytes and back, in memory; the layout is in FORMAT.md."""
+
+from .child import decode_child, encode_child
+from .header import FORMAT_VERSION
+from .step import advance_step_, read_step, step_view, write_step_
+
+__all__ = [
+    "FORMAT_VERSION",
+    "advance_step_",
+    "decode_child",
+    "encode_child",
+    "read_step",
+    "step_view",
+    "write_step_",
+]

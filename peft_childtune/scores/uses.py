@@ -1,0 +1,55 @@
+"""The modules that hold scored parameters, and single calls of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Owner", "Use", "owners_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Owner:
+    """A module that holds scored parameters itself; `names` takes its own name of each to the name it is scored by."""
+
+    path: str
+    module: nn.Module
+    names: Mapping[str, str]
+
+
+@dataclass(eq=False)
+class Use:
+    """One call of an owner: its inputs, and the gradient of its output once the backward pass has come by."""
+
+    owner: Owner
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    size: int
+    grad: Tensor | None = None
+    _versions: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        inputs = [*self.args, *self.kwargs.values()]
+        self._versions = [(value, value._version) for value in inputs if isinstance(value, Tensor)]
+
+    def is_stale(self) -> bool:
+        """Return whether an input was overwritten after the call."""
+        return any(tensor._version != version for tensor, version in self._versions)
+
+    def release(self) -> None:
+        """Let go of the tensors, so that memory falls as the backward pass goes on."""
+        self.args, self.kwargs, self.grad, self._versions = (), {}, None, []
+
+
+def owners_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Owner]:
+    """Return the modules of `model` that hold any of `parameters`, found by identity; tied weights have several."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    owners = []
+    for path, module in model.named_modules():
+        own = {own: names[id(p)] for own, p in module._parameters.items() if p is not None and id(p) in names}
+        if own:
+            owners.append(Owner(path, module, own))
+    return owners

@@ -1,0 +1,265 @@
+"""The configuration of the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft.config import PeftConfig
+
+from ..errors import ConfigError, UnsupportedError
+from ..scores import DATA_SCORES
+from .registration import ChildTuningPeftType
+
+__all__ = ["ChildTuningConfig"]
+
+Mode = Literal["task_driven", "task_free"]
+Score = Literal["fisher", "fisher_batch", "gradient", "magnitude", "random"]
+Scope = Literal["global", "layer", "tensor", "row"]
+Granularity = Literal["element", "row", "column", "block"]
+SaveDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class ChildTuningConfig(PeftConfig):
+    """Configuration of [`ChildTuningModel`]: which child network of the base model is trained.
+
+    Args:
+        target_modules (`Union[list[str], str]`, *optional*, defaults to `None`):
+            The names of the modules to adapt: a list of names or name endings, a regular expression, or `all-linear`.
+            `None` means every module with weights inside the repeated transformer blocks, found by structure:
+            weights, biases and norms alike, without embeddings, pooler and head.
+        exclude_modules (`Union[list[str], str]`, *optional*, defaults to `None`):
+            The names of modules to leave out, or a regular expression.
+        mode (`str`, *optional*, defaults to `task_driven`):
+            `task_driven` (Child-Tuning-D): a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): chosen at
+            random, see `resample`.
+        density (`float`, *optional*, defaults to `0.3`):
+            The kept fraction of the covered weights, in (0, 1].
+        score (`str`, *optional*, defaults to `fisher`):
+            What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher
+            information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need data: call
+            `select_child_network(model, dataloader)`. `magnitude` and `random` need none.
+        scope (`str`, *optional*, defaults to `global`):
+            Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` (each
+            tensor) or `row` (each output neuron).
+        granularity (`str`, *optional*, defaults to `element`):
+            What is kept or left as one: `element`, `row` (an output neuron), `column` (an input) or `block` (a square
+            tile of `block_size`). Entries of biases and norms always count one by one.
+        block_size (`int`, *optional*, defaults to `16`):
+            The side of the tiles of `granularity="block"`.
+        resample (`bool`, *optional*, defaults to `False`):
+            task_free only. `True` draws a new gradient mask at every optimizer step, as in the paper: every covered
+            weight changes, so the saved delta is dense. `False` keeps one random child.
+        seed (`int`, *optional*, defaults to `0`):
+            The seed of random children and masks.
+        save_dtype (`str`, *optional*, defaults to `None`):
+            The dtype in which the delta is saved: `float32`, `bfloat16` or `float16`; `None` keeps the one it has.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            `True` starts from a delta of zero: the adapter changes nothing until it is trained. `False` starts from
+            random values, for tests.
+        modules_to_save (`list[str]`, *optional*, defaults to `None`):
+            Modules apart from the child that are trained and saved whole, for example a fresh head.
+        layers_to_transform (`Union[list[int], int]`, *optional*, defaults to `None`):
+            The indices of the blocks to adapt; the others are left alone.
+        layers_pattern (`Union[list[str], str]`, *optional*, defaults to `None`):
+            The name of the list of blocks, where it is not the usual one; used with `layers_to_transform`.
+        target_parameters (`list[str]`, *optional*, defaults to `None`):
+            Not supported: anything but `None` raises an error.
+        selection (`dict`, *optional*, defaults to `None`):
+            How the child was chosen: filled in by the selection, for the record only.
+        child (`dict[str, list[int]]`, *optional*, defaults to `None`):
+            Kept entries and coded bytes of each covered tensor: written when an adapter is saved, so that loaders can
+            size its tensors. Its presence means that weights are about to be loaded; leave it alone.
+
+    Example:
+        >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.02).score
+        'fisher'
+
+    Source: Xu et al. 2021 (arXiv:2109.05687).
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The names of the modules to adapt: a list of names or name endings, a regular expression, or `all-linear`. "
+                "`None` means every module with weights inside the repeated transformer blocks, found by structure: "
+                "weights, biases and norms alike, without embeddings, pooler and head."
+            )
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "The names of modules to leave out, or a regular expression."}
+    )
+    mode: Mode = field(
+        default="task_driven",
+        metadata={
+            "help": (
+                "`task_driven` (Child-Tuning-D): a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): chosen at "
+                "random, see `resample`."
+            )
+        },
+    )
+    density: float = field(
+        default=0.3, metadata={"help": "The kept fraction of the covered weights, in (0, 1]."}
+    )
+    score: Score = field(
+        default="fisher",
+        metadata={
+            "help": (
+                "What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher "
+                "information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need data: call "
+                "`select_child_network(model, dataloader)`. `magnitude` and `random` need none."
+            )
+        },
+    )
+    scope: Scope = field(
+        default="global",
+        metadata={
+            "help": (
+                "Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` (each "
+                "tensor) or `row` (each output neuron)."
+            )
+        },
+    )
+    granularity: Granularity = field(
+        default="element",
+        metadata={
+            "help": (
+                "What is kept or left as one: `element`, `row` (an output neuron), `column` (an input) or `block` (a square "
+                "tile of `block_size`). Entries of biases and norms always count one by one."
+            )
+        },
+    )
+    block_size: int = field(default=16, metadata={"help": 'The side of the tiles of `granularity="block"`.'})
+    resample: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "task_free only. `True` draws a new gradient mask at every optimizer step, as in the paper: every covered "
+                "weight changes, so the saved delta is dense. `False` keeps one random child."
+            )
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "The seed of random children and masks."})
+    save_dtype: SaveDtype | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The dtype in which the delta is saved: `float32`, `bfloat16` or `float16`; `None` keeps the one it has."
+            )
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": (
+                "`True` starts from a delta of zero: the adapter changes nothing until it is trained. `False` starts from "
+                "random values, for tests."
+            )
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules apart from the child that are trained and saved whole, for example a fresh head."
+        },
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "The indices of the blocks to adapt; the others are left alone."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "The name of the list of blocks, where it is not the usual one; used with `layers_to_transform`."
+            )
+        },
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Not supported: anything but `None` raises an error."}
+    )
+    selection: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "How the child was chosen: filled in by the selection, for the record only."},
+    )
+    child: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Kept entries and coded bytes of each covered tensor: written when an adapter is saved, so that loaders can "
+                "size its tensors. Its presence means that weights are about to be loaded; leave it alone."
+            )
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check every option, alone and with the others."""
+        super().__post_init__()
+        self.peft_type = ChildTuningPeftType.CHILD_TUNING  # type: ignore[assignment]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the child can be chosen only by `select_child_network(model, dataloader)`."""
+        return self.mode == "task_driven" and self.score in DATA_SCORES
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a dictionary that JSON can hold, the same one every time."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, with the sizes of the adapter that is being saved along with it."""
+        live, self.child = self.child, self.__dict__.get("_layout", self.child)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.child = live
+
+    def _check_choices(self) -> None:
+        choices = {"mode": Mode, "score": Score, "scope": Scope, "granularity": Granularity, "save_dtype": SaveDtype}
+        for name, literal in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(literal) and not (name == "save_dtype" and value is None):
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(literal)))}.")
+
+    def _check_numbers(self) -> None:
+        if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
+            raise ConfigError(f"density={self.density!r} is outside (0, 1]; it is the kept fraction, 0.02 keeps 2 % of the weights.")
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ConfigError(f"block_size={self.block_size!r} is no side of a tile; use an integer >= 1, for example 16.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed!r} is outside [0, 2**63); use a non-negative integer.")
+
+    def _check_combinations(self) -> None:
+        if self.target_parameters is not None:
+            raise UnsupportedError(
+                "target_parameters is not supported: name the modules that own the parameters in `target_modules`; all "
+                "parameters of a module are covered."
+            )
+        if self.resample and self.mode != "task_free":
+            raise ConfigError('resample=True belongs to mode="task_free" (Child-Tuning-F); a task-driven child stays fixed.')
+        if self.mode == "task_free" and self.score not in ("fisher", "random"):  # fisher: the default, not a choice made
+            raise ConfigError(f'score={self.score!r} has no meaning with mode="task_free", which chooses at random.')
+        if self.resample and (self.granularity != "element" or self.scope != "global"):
+            raise ConfigError(
+                "resample=True draws a mask over single entries; leave granularity='element' and scope='global'."
+            )
+        if self.scope == "row" and self.granularity != "element":
+            raise ConfigError(
+                f'scope="row" shares the budget inside each output neuron, so granularity={self.granularity!r} cannot be kept; '
+                'use granularity="element" or another scope.'
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError("layers_to_transform cannot be used when target_modules is a str; list the names instead.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ConfigError("layers_pattern cannot be used when target_modules is a str; list the names instead.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern is set, but layers_to_transform is not; name the blocks to adapt.")

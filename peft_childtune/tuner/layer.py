@@ -1,0 +1,372 @@
+"""The layer that stands in for an adapted module."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..codec import step_view
+from ..errors import SelectionError, UnsupportedError
+from ..kernels import Edit, StepGate, child_linear, compose_parameter
+from ..sparse import ResampledUnits, SparseDelta, TensorChild, compose_entries
+from ..weights import merge_, restore_
+from .state import ChildCode, ChildValues
+from .steps import count_steps
+from .targets import covered_names
+
+if TYPE_CHECKING:
+    from .loading import PendingLoad
+
+__all__ = ["ChildTuningLayer", "Linear", "Module", "wrap"]
+
+_NOT_SELECTED = """{name}: the child network of adapter {adapter!r} is not selected yet, so there is nothing to train or to merge. Call
+
+    from peft_childtune import select_child_network
+    select_child_network(model, train_dataloader{argument})
+
+before training. (score="magnitude", "random" and mode="task_free" need no data.)"""
+
+
+class ChildTuningLayer(BaseTunerLayer):
+    """State and life of the adapters on one module; `Linear` and `Module` add the forward."""
+
+    adapter_layer_names: tuple[str, ...] = ("child_tuning_values",)
+    other_param_names: tuple[str, ...] = ("child_tuning_code", "child_tuning_seal", "_pending", "_replaced")
+
+    base_layer: nn.Module
+    child_tuning_values: nn.ModuleDict
+    child_tuning_code: nn.ModuleDict
+
+    def _set_up(self, base_layer: nn.Module, module_name: str) -> None:
+        self.base_layer = base_layer
+        self.child_tuning_values = nn.ModuleDict()
+        self.child_tuning_code = nn.ModuleDict()
+        self.child_tuning_seal = BufferDict(persistent=True)  # filled only between creation and verification of a load
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._module_name = module_name
+        self._tied: dict[str, tuple[ChildTuningLayer, str]] = {}  # parameters that another layer's child serves
+        self._pending: dict[str, PendingLoad] = {}
+        self._replaced: dict[str, dict[str, Tensor]] = {}
+        self.in_features, self.out_features = _features(base_layer)
+
+    def update_layer(self, adapter_name: str, *, inference_mode: bool = False) -> None:
+        """Add an adapter that has no child yet."""
+        self.child_tuning_values[adapter_name] = ChildValues()
+        self.child_tuning_code[adapter_name] = ChildCode()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @property
+    def covered(self) -> list[str]:
+        """Names of the base layer's parameters that this layer's children cover."""
+        return [name for name in covered_names(self.get_base_layer()) if name not in self._tied]
+
+    def full_name(self, parameter: str) -> str:
+        """Return the base model's own name of a parameter of this layer."""
+        return f"{self._module_name}.{parameter}"
+
+    def base_parameter(self, parameter: str) -> nn.Parameter:
+        """Return a parameter of the base layer."""
+        found = self.get_base_layer()._parameters[parameter]
+        assert found is not None  # noqa: S101  # by construction of `covered`
+        return found
+
+    def has_child(self, adapter_name: str) -> bool:
+        """Whether the adapter's child is selected, or loaded."""
+        return adapter_name in self.child_tuning_code and self._code(adapter_name).selected
+
+    def _code(self, adapter_name: str) -> ChildCode:
+        return self.child_tuning_code[adapter_name]  # type: ignore[return-value]
+
+    def _values(self, adapter_name: str) -> ChildValues:
+        return self.child_tuning_values[adapter_name]  # type: ignore[return-value]
+
+    def child(self, adapter_name: str, parameter: str) -> TensorChild | None:
+        """Return an adapter's child of one parameter, or None where nothing was kept."""
+        shape = tuple(self.base_parameter(parameter).shape)
+        return self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
+
+    def delta(self, adapter_name: str, parameter: str) -> SparseDelta:
+        """Return an adapter's delta of one parameter, as copies."""
+        self._require_child(adapter_name)
+        shape = tuple(self.base_parameter(parameter).shape)
+        values = self._values(adapter_name).get(parameter)
+        if values is None:
+            return SparseDelta(shape, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+        indices = self._code(adapter_name).indices(parameter, shape, values.device, self.full_name(parameter))
+        return SparseDelta(shape, indices.clone(), values.detach().clone())
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return an adapter's delta of the weight as a dense tensor of the weight's shape, zero outside the child."""
+        parameter = "weight" if "weight" in self.covered else self.covered[0]
+        return self.delta(adapter_name, parameter).to_dense()
+
+    def _require_child(self, adapter_name: str) -> None:
+        self.resolve_pending(adapter_name)
+        if not self.has_child(adapter_name):
+            argument = "" if adapter_name == "default" else f", adapter_name={adapter_name!r}"
+            raise SelectionError(_NOT_SELECTED.format(name=self._module_name, adapter=adapter_name, argument=argument))
+
+    def resolve_pending(self, adapter_name: str, *, may_be_empty: bool = False) -> None:
+        """Verify an adapter whose tensors a loader has put here, and take the adapter away if they are not sound."""
+        if (pending := self._pending.get(adapter_name)) is not None:
+            pending.resolve(may_be_empty=may_be_empty)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode, and verify what a loader has just put here: transformers runs no other hook after loading."""
+        for adapter_name in list(self._pending):
+            self.resolve_pending(adapter_name, may_be_empty=True)
+        return super().train(mode)  # type: ignore[misc]
+
+    def _edits(self, parameter: str, adapters: list[str]) -> list[Edit]:
+        owner, parameter = self._tied.get(parameter, (self, parameter))
+        shape = tuple(owner.base_parameter(parameter).shape)
+        edits = []
+        for adapter_name in adapters:
+            if adapter_name not in owner.child_tuning_values:
+                continue
+            values = owner._values(adapter_name).get(parameter)
+            if values is None:
+                continue
+            code = owner._code(adapter_name)
+            child = code.child(parameter, shape, owner.full_name(parameter))
+            if child is not None and isinstance(child.units, ResampledUnits):
+                step = step_view(code.get(parameter))
+                gate = StepGate(child.units.seed, child.units.stream, child.units.density, step)
+                if torch.is_grad_enabled() and values.requires_grad:
+                    count_steps(values, code, parameter)
+                edits.append(Edit(values, None, gate))
+            else:
+                edits.append(Edit(values, code.indices(parameter, shape, values.device, owner.full_name(parameter))))
+        return edits
+
+    def _working_adapters(self) -> list[str]:
+        """Return the active adapters that take part in this layer's forward; raise where one cannot."""
+        if self._disable_adapters:
+            return []
+        owners = [self, *(owner for owner, _ in self._tied.values())]
+        working = []
+        for adapter_name in self.active_adapters:
+            for owner in owners:
+                if adapter_name not in owner.child_tuning_code:
+                    continue
+                owner.resolve_pending(adapter_name)
+                if owner.has_child(adapter_name):
+                    working.append(adapter_name)
+                elif self.training:  # type: ignore[attr-defined]
+                    owner._require_child(adapter_name)
+                break
+        return working
+
+    def _merge_plan(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        self._require_child(adapter_name)
+        for parameter in self.covered:
+            values = self._values(adapter_name).get(parameter)
+            if values is not None:
+                weight = self.base_parameter(parameter)
+                code = self._code(adapter_name)
+                indices = code.indices(parameter, tuple(weight.shape), weight.device, self.full_name(parameter))
+                yield parameter, indices, values.detach().to(weight.device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weights in place, at the child's positions only.
+
+        Args:
+            safe_merge: first check that every merged entry is finite, and leave this layer as it is if one is not.
+            adapter_names: the adapters, in this order; None for the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found an entry that is not finite.
+            SelectionError: an adapter has no child yet.
+        """
+        before = list(self.merged_adapters)
+        try:
+            for adapter_name in check_adapters_to_merge(self, adapter_names):
+                present = [self, *(owner for owner, _ in self._tied.values())]
+                if not any(adapter_name in owner.child_tuning_values for owner in present):
+                    continue
+                plan = list(self._merge_plan(adapter_name)) if adapter_name in self.child_tuning_values else []
+                if safe_merge and not all(self._merges_finite(*step) for step in plan):
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                    )
+                self.merged_adapters.append(adapter_name)
+                self._replaced[adapter_name] = {p: merge_(self.base_parameter(p), i, v) for p, i, v in plan}
+        except BaseException:
+            self._unmerge_to(before)
+            raise
+
+    def _merges_finite(self, parameter: str, indices: Tensor, values: Tensor) -> bool:
+        entries = self.base_parameter(parameter).detach().reshape(-1)[indices]
+        return bool(torch.isfinite(compose_entries(entries, values)).all())
+
+    def unmerge(self) -> None:
+        """Restore the base weights bit for bit, by writing back the entries that the merges replaced."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._unmerge_to([])
+
+    def _unmerge_to(self, remaining: list[str]) -> None:
+        while len(self.merged_adapters) > len(remaining):
+            adapter_name = self.merged_adapters.pop()
+            for parameter, replaced in self._replaced.pop(adapter_name, {}).items():
+                weight = self.base_parameter(parameter)
+                code = self._code(adapter_name)
+                indices = code.indices(parameter, tuple(weight.shape), weight.device, self.full_name(parameter))
+                restore_(weight, indices, replaced)
+
+    def unmerged_base(self, parameter: str, base: Tensor | None = None) -> Tensor:
+        """Return a base tensor as it is without any merge: itself, or a copy if something is merged.
+
+        Args:
+            parameter: its name in the base layer.
+            base: the tensor to look at; None for the base layer's own (a gathered state dict may hold the whole of a shard).
+        """
+        weight = self.base_parameter(parameter).detach() if base is None else base
+        if not self.merged:
+            return weight
+        weight = weight.clone()
+        for adapter_name in reversed(self.merged_adapters):
+            if (replaced := self._replaced.get(adapter_name, {}).get(parameter)) is not None:
+                code = self._code(adapter_name)
+                indices = code.indices(parameter, tuple(weight.shape), weight.device, self.full_name(parameter))
+                restore_(weight, indices, replaced)
+        return weight
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Overridden because PEFT also casts to the base's dtype: deltas stay float32, or small updates are lost.
+        own = next(iter(self.get_base_layer().parameters(recurse=False)), None)
+        target = device if device is not None else None if own is None else own.device
+        if target is None or target.type == "meta":
+            return
+        for holder in (self.child_tuning_values, self.child_tuning_code):
+            if adapter_name in holder and not any(p.device.type == "meta" for p in holder[adapter_name].parameters()):
+                holder[adapter_name].to(target)
+
+    def _refuse_adapter_names(self, kwargs: dict[str, Any]) -> None:
+        if "adapter_names" in kwargs:
+            raise UnsupportedError(
+                "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run each part on its own."
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the base layer has under that name: model code asks its layers for `eps`, `num_embeddings` and the like."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        """Return the wrapped module's description under this method's name."""
+        return "child_tuning." + super().__repr__()
+
+
+def _features(base: nn.Module) -> tuple[int | None, int | None]:
+    for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim")):
+        if all(hasattr(base, name) for name in names):
+            return getattr(base, names[0]), getattr(base, names[1])
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim == 0:
+        return None, None
+    if isinstance(base, Conv1D):
+        return weight.shape[0], weight.shape[1]
+    return weight.shape[-1], weight.shape[0]
+
+
+class Linear(ChildTuningLayer, nn.Module):
+    """An adapted `nn.Linear` or `transformers` `Conv1D`: composes, multiplies, and keeps nothing of the weight's size."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        super().__init__()
+        self._set_up(base_layer, module_name)
+        self._transposed = isinstance(self.get_base_layer(), Conv1D)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
+        self._refuse_adapter_names(kwargs)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        adapters = [] if self.merged else self._working_adapters()
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        base = self.get_base_layer()
+        edits, bias_edits = self._edits("weight", adapters), []
+        weight, bias = base.weight, base.bias
+        if bias is not None and (bias_edits := self._edits("bias", adapters)):
+            bias = compose_parameter(bias, bias_edits)  # type: ignore[arg-type]
+        if not edits:
+            if not bias_edits:
+                return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            if not self._transposed:
+                return F.linear(x, weight, bias)  # type: ignore[arg-type]
+        return child_linear(x, weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
+
+
+class _Watched(dict[str, Any]):
+    """Parameters that remember which of them were read."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+class Module(ChildTuningLayer, nn.Module):
+    """Any other adapted module, a norm, a convolution, an embedding: its own forward runs over composed weights."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        super().__init__()
+        self._set_up(base_layer, module_name)
+        self._proven: set[str] = set()  # parameters that the forward was seen to read
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
+        self._refuse_adapter_names(kwargs)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        adapters = [] if self.merged else self._working_adapters()
+        base = self.get_base_layer()
+        composed = {}
+        for name in covered_names(base) if adapters else ():
+            if edits := self._edits(name, adapters):
+                composed[name] = compose_parameter(self.base_parameter(name), edits)
+        if not composed:
+            return self.base_layer(*args, **kwargs)
+        # A shallow copy with other parameters: the base module itself is never touched, and its class's own forward runs,
+        # so that merged and unmerged outputs agree in every bit.
+        stand_in = copy.copy(base)
+        parameters = {**base._parameters, **composed}
+        stand_in.__dict__["_parameters"] = parameters
+        if self._proven.issuperset(composed):
+            return type(base).forward(stand_in, *args, **kwargs)
+        stand_in.__dict__["_parameters"] = watched = _Watched(parameters)
+        out = type(base).forward(stand_in, *args, **kwargs)
+        if unread := set(composed) - watched.read:
+            raise UnsupportedError(
+                f"{self._module_name}: the forward of {type(base).__name__} does not read `{min(unread)}` from itself, so its "
+                "delta would be ignored; take this module out of `target_modules`."
+            )
+        self._proven |= set(composed)
+        return out
+
+
+def wrap(target: nn.Module, module_name: str) -> Linear | Module:
+    """Return the layer that stands in for `target`, a plain module."""
+    plain = type(target).forward in (nn.Linear.forward, Conv1D.forward)
+    return (Linear if plain else Module)(target, module_name)

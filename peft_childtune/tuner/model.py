@@ -1,0 +1,223 @@
+"""The tuner: wraps the base model's modules, and answers PEFT's calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+
+from ..errors import ConfigError, TargetError, UnsupportedError
+from .config import ChildTuningConfig
+from .install import install_children, prepare_places
+from .layer import ChildTuningLayer, wrap
+from .loading import adopt_state_dict, begin_load, remove_adapter
+from .registration import PREFIX
+from .saving import adapter_state_dict
+from .selection import data_free_children
+from .targets import block_names, block_of, default_targets, unsupported_reason
+from .tying import tie_layers
+
+__all__ = ["ChildTuningModel"]
+
+
+class ChildTuningModel(BaseTuner):
+    """Trains a child network of a frozen base model.
+
+    Args:
+        model ([`torch.nn.Module`]): The base model.
+        config ([`ChildTuningConfig`]): The configuration.
+        adapter_name (`str`): The adapter's name. Defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*): Create the adapter's deltas on the meta device, to be loaded.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> base = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> model = get_peft_model(base, ChildTuningConfig(target_modules=["0"], score="magnitude", density=0.25))
+        >>> model.print_trainable_parameters()
+        trainable params: 9 || all params: 55 || trainable%: 16.3636
+
+    Source: Xu et al. 2021 (arXiv:2109.05687).
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = ChildTuningLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # targets are found by structure, not by model type
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the target modules, then choose the child if that needs no data, or make room for one to be loaded.
+
+        Raises:
+            TargetError: a target matches nothing or cannot be adapted; the model is as it was.
+        """
+        config: ChildTuningConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        if not isinstance(config, ChildTuningConfig):
+            raise ConfigError(f"adapter {adapter_name!r}: {type(config).__name__} is no ChildTuningConfig.")
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            self._check_targets(model, config)
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            tie_layers(model, adapter_name)
+            if config.child is not None:
+                prepare_places(model, adapter_name, config, meta=low_cpu_mem_usage)
+            elif not config.needs_data:
+                children = data_free_children(model, adapter_name, config)
+                install_children(model, adapter_name, children, config=config, meta=low_cpu_mem_usage)
+            if config.child is not None or config.inference_mode:
+                begin_load(model, adapter_name, self.peft_config, trainable, sized=config.child is not None)
+        except BaseException:
+            remove_adapter(model, adapter_name, dict(self.peft_config))
+            for parameter, flag in trainable:
+                parameter.requires_grad_(flag)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = self._default_targets(self.model, peft_config)
+        return peft_config
+
+    def _default_targets(self, model: nn.Module, config: ChildTuningConfig) -> set[str]:
+        targets = default_targets(model)
+        wanted = config.layers_to_transform
+        if wanted is None:
+            return set(targets)
+        numbers = {wanted} if isinstance(wanted, int) else set(wanted)
+        patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+        blocks = block_names(model)
+
+        def is_wanted(name: str) -> bool:
+            owner, _, number = block_of(name, blocks).rpartition(".")
+            fits = not patterns or any(re.search(rf"(^|\.){pattern}$", owner) for pattern in patterns)
+            return fits and number.isdigit() and int(number) in numbers
+
+        kept = {name for name in targets if is_wanted(name)}
+        if not kept:
+            raise TargetError(
+                f"layers_to_transform={wanted!r} (layers_pattern={config.layers_pattern!r}) names none of the {len(blocks)} blocks, "
+                f"{blocks[0]} to {blocks[-1]}. Please specify `target_modules` in `peft_config`, or other layers."
+            )
+        return kept
+
+    def _check_targets(self, model: nn.Module, config: ChildTuningConfig) -> None:
+        """Raise if one of several target names matches nothing: PEFT itself is content when any of them matches."""
+        if not isinstance(config.target_modules, set | list | tuple):
+            return
+        names = [name for name, _ in model.named_modules()]
+        absent = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
+        if absent and len(absent) < len(config.target_modules):  # PEFT has a good message for "none at all"
+            raise TargetError(
+                f"target_modules: {', '.join(map(repr, sorted(absent)))} match no module of {type(model).__name__}; remove or "
+                "correct them."
+            )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if isinstance(peft_config.target_modules, set | list) and key in peft_config.target_modules:
+            # PEFT applies `layers_to_transform` to name endings only, not to full names: hand it the ending
+            peft_config = SimpleNamespace(
+                target_modules={key.rpartition(".")[2]} if peft_config.layers_to_transform is not None else {key},
+                **{
+                    name: getattr(peft_config, name)
+                    for name in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters")
+                },
+            )
+        return check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, ChildTuningLayer):
+            target.update_layer(adapter_name, inference_mode=peft_config.inference_mode)
+            return
+        if isinstance(target, BaseTunerLayer):
+            raise UnsupportedError(
+                f"{current_key}: is adapted by {type(target).__module__} already; merge or unload that adapter first, or adapt "
+                "other modules."
+            )
+        if (reason := unsupported_reason(target, parent)) is not None:
+            raise TargetError(f"{current_key}: {type(target).__name__} {reason}.")
+        layer = wrap(target, current_key)
+        layer._active_adapter = self.active_adapters
+        layer.update_layer(adapter_name, inference_mode=peft_config.inference_mode)
+        layer.train(target.training)
+        # one module may hang in several places of the tree, as the repeated layers of some models do
+        for module in list(self.model.modules()):
+            if not isinstance(module, ChildTuningLayer):
+                for name, child in list(module._modules.items()):
+                    if child is target and (module, name) != (parent, target_name):
+                        module._modules[name] = layer
+        self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        unloaded: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
+        for module in list(unloaded.modules()):  # the further places of shared modules
+            for name, child in list(module._modules.items()):
+                if isinstance(child, ChildTuningLayer):
+                    module._modules[name] = child.get_base_layer()
+        return unloaded
+
+    def _check_merge_allowed(self) -> None:
+        """Allow merging with tied embeddings: one storage has one child here, so nothing diverges."""
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """Accept tied targets, see `tie_layers`."""
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.model.modules():  # the deltas are float32 unless a user asks for the base's own dtype
+            if isinstance(layer, ChildTuningLayer) and adapter_name in layer.child_tuning_values:
+                for parameter, values in layer._values(adapter_name)._parameters.items():
+                    values.data = values.data.to(layer.base_parameter(parameter).dtype)  # type: ignore[union-attr]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedError(
+                "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run each part on its own."
+            )
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        return adapter_state_dict(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        sound = adopt_state_dict(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, sound)  # type: ignore[no-any-return]

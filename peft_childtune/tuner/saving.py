@@ -1,0 +1,67 @@
+"""Saving: the tensors of one adapter as they go into the file, with the seal that vouches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SelectionError
+from ..seal import Sealed, make_seal
+from ..weights import Fingerprint, fingerprint
+from .config import ChildTuningConfig
+from .install import layers_of
+from .layer import ChildTuningLayer
+from .loading import head_tensors
+
+__all__ = ["adapter_state_dict"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _fingerprint(layer: ChildTuningLayer, adapter_name: str, parameter: str, base: Tensor | None) -> Fingerprint:
+    base = layer.unmerged_base(parameter, base)
+    code = layer._code(adapter_name)
+    return fingerprint(base, code.indices(parameter, tuple(base.shape), base.device, layer.full_name(parameter)))
+
+
+def adapter_state_dict(
+    model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what is saved of an adapter: codes, deltas in `save_dtype`, and the seal; keys hold the adapter's name.
+
+    The configuration is told the sizes, so that PEFT's next step, saving it, writes them down.
+
+    Args:
+        state_dict: the model's, possibly gathered from shards; base weights in it are preferred to the model's own.
+
+    Raises:
+        SelectionError: the adapter has no child yet, or `state_dict` lacks its tensors.
+    """
+    layers = layers_of(model, adapter_name)
+    out: dict[str, Tensor] = {}
+    sealed: dict[str, Sealed] = {}
+    layout: dict[str, list[int]] = {}
+    for path, layer in layers.items():
+        layer._require_child(adapter_name)
+        for parameter in layer.covered:
+            name = layer.full_name(parameter)
+            base = state_dict.get(f"{path}.base_layer.{parameter}")
+            code, values = torch.zeros(0, dtype=torch.uint8), torch.zeros(0)
+            if layer._values(adapter_name).get(parameter) is not None:
+                code_key, values_key = (f"{path}.child_tuning_{kind}.{adapter_name}.{parameter}" for kind in ("code", "values"))
+                if values_key not in state_dict:
+                    raise SelectionError(f"{name}: the state dict to be saved lacks {values_key}; pass the model's whole state dict.")
+                code = state_dict.get(code_key, layer._code(adapter_name).get(parameter))
+                values = state_dict[values_key].detach()
+                if config.save_dtype is not None:
+                    values = values.to(_DTYPES[config.save_dtype])
+                out[code_key], out[values_key] = code, values
+            layout[name] = [values.numel(), code.numel()]
+            sealed[name] = Sealed(code, values, partial(_fingerprint, layer, adapter_name, parameter, base))
+    heads = {name: state_dict.get(key, tensor) for name, (key, tensor) in head_tensors(model, adapter_name).items()}
+    out[f"{next(iter(layers))}.child_tuning_seal.{adapter_name}"] = make_seal(sealed, heads)
+    config.__dict__["_layout"] = layout
+    return out

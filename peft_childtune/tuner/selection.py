@@ -1,0 +1,266 @@
+"""Choosing the child network, and asking a model for the one it has."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import ConfigError, DeltaError, SelectionError, TargetError
+from ..network import ChildNetwork
+from ..scores import magnitude_scores, score_parameters
+from ..sparse import ResampledUnits, SparseDelta, TensorChild, UnitGrid, select_children, select_random_children
+from .config import ChildTuningConfig
+from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
+from .targets import block_names, block_of
+
+__all__ = ["data_free_children", "get_child_network", "get_deltas", "select_child_network", "selection_report"]
+
+logger = logging.getLogger(__name__)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def _config_of(model: nn.Module, adapter_name: str) -> ChildTuningConfig:
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping) or adapter_name not in configs:
+        known = f"it has {sorted(configs)}" if isinstance(configs, Mapping) else "it has none"
+        raise SelectionError(
+            f"the model has no adapter {adapter_name!r} ({known}); wrap it first: get_peft_model(base, ChildTuningConfig(...))."
+        )
+    config = configs[adapter_name]
+    if not isinstance(config, ChildTuningConfig):
+        raise ConfigError(f"adapter {adapter_name!r} is a {type(config).__name__}, not a ChildTuningConfig; it has no child network.")
+    return config
+
+
+def _groups(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    blocks = block_names(base)
+    return {name: block_of(name, blocks) for name in names}
+
+
+def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    found = {name: layer.base_parameter(parameter) for name, layer, parameter in covered_tensors(model, adapter_name)}
+    for name, parameter in found.items():
+        if parameter.is_meta or type(parameter.data).__name__ == "DTensor" or parameter.numel() == 0:
+            raise TargetError(
+                f"{name}: the base weight is on the meta device or sharded, so it cannot be scored; choose the child on the "
+                "whole model first and pass it here: select_child_network(model, network=ChildNetwork.load(path))."
+            )
+    return found
+
+
+def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> dict[str, TensorChild]:
+    """Return the child that a configuration asks for where no data is needed: random, resampled or by magnitude."""
+    grids = grids_of(model, adapter_name, config)
+    if config.mode == "task_free" and config.resample:
+        logger.warning(
+            "resample=True trains every covered weight, a new random %g of them at each step: the saved delta is dense, %d values "
+            "long. For a small file keep one random child (resample=False) or choose one by data.",
+            config.density,
+            sum(grid.numel for grid in grids.values()),
+        )
+        return {
+            name: TensorChild(UnitGrid(grid.shape), ResampledUnits(config.seed, stream, config.density))
+            for stream, (name, grid) in enumerate(grids.items())
+        }
+    groups = _groups(model, grids)
+    if config.mode == "task_free" or config.score == "random":
+        return select_random_children(
+            grids=grids, density=config.density, scope=config.scope, groups=groups, seed=config.seed
+        )
+    scores = magnitude_scores(_parameters(model, adapter_name))
+    return select_children(scores, grids=grids, density=config.density, scope=config.scope, groups=groups)
+
+
+def _check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> None:
+    check_not_merged(layers_of(model, adapter_name).values(), adapter_name)
+    if not config.init_weights:
+        return
+    for name, layer, parameter in covered_tensors(model, adapter_name):
+        layer.resolve_pending(adapter_name)
+        values = layer._values(adapter_name).get(parameter)
+        if values is not None and bool(values.detach().any()):
+            raise SelectionError(
+                f"{name}: adapter {adapter_name!r} has been trained already, and another child would throw its delta away; merge it "
+                "(`merge_and_unload`), delete it, or select for a new adapter."
+            )
+
+
+class _Disabled:
+    """Every adapter of a model switched off, and back to how it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+
+    def __enter__(self) -> None:
+        self.before = [layer._disable_adapters for layer in self.layers]
+        for layer in self.layers:
+            layer._disable_adapters = True
+
+    def __exit__(self, *_: object) -> None:
+        for layer, flag in zip(self.layers, self.before, strict=True):
+            layer._disable_adapters = flag
+
+
+def select_child_network(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    network: ChildNetwork | str | os.PathLike[str] | None = None,
+    num_batches: int | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    adapter_name: str = "default",
+    show_progress: bool = True,
+) -> ChildNetwork:
+    """Choose the child network of an adapter, make it the one that is trained, and return it.
+
+    Scores are taken on the base model, all adapters off, in eval mode; every flag and gradient is put back.
+
+    Args:
+        model: a model with a `ChildTuningConfig` adapter that has not been trained yet.
+        dataloader: batches for `model(**batch).loss`, or for `loss_fn`; needed by the scores that look at data.
+        network: a child network, or the path of one, to be used instead of choosing.
+        num_batches: look at so many batches only; None for all.
+        loss_fn: called as `loss_fn(model, batch)`; returns the mean loss of the batch.
+        adapter_name: whose child.
+        show_progress: show a progress bar.
+
+    Returns:
+        The child network, with one entry per covered base tensor.
+
+    Raises:
+        SelectionError: no such adapter, no dataloader where one is needed, or an adapter that is merged or trained already.
+        ScoreError: the data give no finite loss or score.
+        BudgetError: the density keeps nothing.
+        DeltaError: `network` does not fit the model.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_childtune import ChildTuningConfig
+        >>> base = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> model = get_peft_model(base, ChildTuningConfig(target_modules=["0", "2"], density=0.2))
+        >>> batches = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(3)]
+        >>> loss_fn = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> select_child_network(model, batches, loss_fn=loss_fn, show_progress=False)
+        ChildNetwork(4 tensors, 6 of 30 entries, density 0.2)
+
+    Source: Child-Tuning-D, Xu et al. 2021 (arXiv:2109.05687), section 3.2.
+    """
+    model = _unwrapped(model)
+    config = _config_of(model, adapter_name)
+    _check_untrained(model, adapter_name, config)
+    record: dict[str, Any] = {"torch_seed": torch.initial_seed()}
+    if network is not None:
+        if dataloader is not None:
+            raise ConfigError("network: a given child is used as it is; pass either a dataloader or a network, not both.")
+        network = network if isinstance(network, ChildNetwork) else ChildNetwork.load(network)
+        children: Mapping[str, TensorChild] = network.children
+        record["source"] = "given"
+    elif not config.needs_data:
+        children = data_free_children(model, adapter_name, config)
+        record["source"] = "random" if config.mode == "task_free" else config.score
+    else:
+        if dataloader is None:
+            raise SelectionError(
+                f'score="{config.score}" looks at data: call select_child_network(model, dataloader); "magnitude" and "random" do not.'
+            )
+        with _Disabled(model):
+            result = score_parameters(
+                model,
+                _parameters(model, adapter_name),
+                dataloader,
+                score=config.score,
+                num_batches=num_batches,
+                loss_fn=loss_fn,
+                show_progress=show_progress,
+            )
+        children = select_children(
+            result.scores,
+            grids=grids_of(model, adapter_name, config),
+            density=config.density,
+            scope=config.scope,
+            groups=_groups(model, result.scores),
+        )
+        record |= {"source": config.score, "examples": result.num_examples, "loss": result.loss}
+    install_children(model, adapter_name, children, config=config)
+    chosen = get_child_network(model, adapter_name)
+    config.selection = {**record, "digest": chosen.digest()}
+    logger.info("%s", selection_report(model, adapter_name))
+    return chosen
+
+
+def get_child_network(model: nn.Module, adapter_name: str = "default") -> ChildNetwork:
+    """Return the child network of an adapter.
+
+    Raises:
+        SelectionError: there is no such adapter, or no child yet.
+    """
+    model = _unwrapped(model)
+    grids = grids_of(model, adapter_name, _config_of(model, adapter_name))
+    children = {}
+    for name, layer, parameter in covered_tensors(model, adapter_name):
+        layer._require_child(adapter_name)
+        child = layer.child(adapter_name, parameter)
+        children[name] = child or TensorChild(grids[name], torch.zeros(0, dtype=torch.int64))
+    return ChildNetwork(children)
+
+
+def get_deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, SparseDelta]:
+    """Return the trained delta of every covered base tensor, by the base model's own name, as copies.
+
+    Raises:
+        SelectionError: there is no such adapter, or no child yet.
+    """
+    model = _unwrapped(model)
+    _config_of(model, adapter_name)
+    return {
+        name: layer.delta(adapter_name, parameter) for name, layer, parameter in covered_tensors(model, adapter_name)
+    }
+
+
+def selection_report(model: nn.Module, adapter_name: str = "default") -> str:
+    """Return a few lines of text: how much of the model is covered, and how the child spreads over blocks and tensors.
+
+    Raises:
+        SelectionError: there is no such adapter, or no child yet.
+    """
+    network = get_child_network(model, adapter_name)
+    model = _unwrapped(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    total = sum(
+        p.numel()
+        for name, p in base.named_parameters()
+        if ".child_tuning_" not in name and ".modules_to_save." not in name
+    )
+    lines = [
+        f"Child network: {network.nnz:,} of {network.numel:,} covered weights ({network.density:.3%}); "
+        f"{network.numel / total:.1%} of the model's {total:,} weights are covered."
+    ]
+    by_block: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    by_kind: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    groups = _groups(model, network.children)
+    for name, child in network.children.items():
+        block = groups[name]
+        kind = name.removeprefix(f"{block}.") if block else name
+        for table, key in ((by_block, block or "outside blocks"), (by_kind, kind)):
+            table[key][0] += child.nnz
+            table[key][1] += child.grid.numel
+    for title, table in (("block", by_block), ("tensor", by_kind)):
+        width = max(map(len, table))
+        lines.append(f"{title:<{width}}  share of child  density")
+        lines += [
+            f"{key:<{width}}  {kept / max(1, network.nnz):>14.1%}  {kept / numel:>7.2%}" for key, (kept, numel) in table.items()
+        ]
+    return "\n".join(lines)

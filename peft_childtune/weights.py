@@ -1,0 +1,116 @@
+"""Deltas written into base weights and taken out again, and fingerprints that tell one base from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import xxhash
+from torch import Tensor
+
+from .sparse import compose_entries
+
+__all__ = ["FINGERPRINT_BYTES", "Fingerprint", "digest", "fingerprint", "matches", "merge_", "restore_"]
+
+SAMPLES = 1024  # untouched positions per tensor that a fingerprint looks at, evenly spaced
+FINGERPRINT_BYTES = 25  # one dtype code, then three hashes of 8 bytes
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+@torch.no_grad()
+def merge_(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """Write round(float(W) + delta) into `weight` in place and return the entries it replaced, `(nnz,)`.
+
+    Only the child's positions are written. The weight must be contiguous, as parameters are.
+    """
+    flat = weight.data.view(-1)
+    positions = indices.to(flat.device)
+    replaced = flat[positions]
+    flat[positions] = compose_entries(replaced, values.to(flat.device))
+    return replaced
+
+
+@torch.no_grad()
+def restore_(weight: Tensor, indices: Tensor, replaced: Tensor) -> None:
+    """Write the entries that `merge_` replaced back into `weight` in place, bit for bit."""
+    flat = weight.data.view(-1)
+    flat[indices.to(flat.device)] = replaced.to(flat)
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def digest(name: str, *tensors: Tensor) -> bytes:
+    """Return a 16-byte hash of a name and of the bits of some tensors, in order.
+
+    Example:
+        >>> digest("weight", torch.zeros(1)) == digest("weight", -torch.zeros(1))
+        False
+    """
+    state = xxhash.xxh3_128(name.encode())
+    for tensor in tensors:
+        state.update(tensor.numel().to_bytes(8, "little"))
+        state.update(_raw(tensor))
+    return state.digest()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hashes of the sampled entries of one base tensor, in its own dtype and as rounded to the other two.
+
+    Attributes:
+        dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64: the dtype the base had.
+        hashes: of the entries as float32 (exact for the three 2- and 4-byte dtypes), bfloat16 and float16.
+    """
+
+    dtype: int
+    hashes: tuple[int, int, int]
+
+    def to_bytes(self) -> bytes:
+        """Return the `FINGERPRINT_BYTES` bytes in which a file holds it."""
+        return bytes([self.dtype]) + b"".join(h.to_bytes(8, "little") for h in self.hashes)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Fingerprint:
+        """Return the fingerprint of exactly `FINGERPRINT_BYTES` bytes."""
+        first, second, third = (int.from_bytes(raw[i : i + 8], "little") for i in (1, 9, 17))
+        return cls(raw[0], (first, second, third))
+
+
+@torch.no_grad()
+def fingerprint(base: Tensor, indices: Tensor) -> Fingerprint:
+    """Return the fingerprint of a base tensor: all its entries at `indices`, and an even sample of the others.
+
+    Args:
+        base: floating point, any shape, nothing merged into it.
+        indices: int64, `(nnz,)`, the child's flat positions.
+
+    Example:
+        >>> base = torch.linspace(0, 1, 8)
+        >>> fingerprint(base, torch.tensor([1])) == fingerprint(base * 1.01, torch.tensor([1]))
+        False
+    """
+    flat = base.detach().reshape(-1)
+    sample = torch.arange(0, flat.numel(), max(1, -(-flat.numel() // SAMPLES)), device=flat.device)
+    entries = torch.cat([flat[indices.to(flat.device)], flat[sample]]).cpu()
+    wide = torch.promote_types(entries.dtype, torch.float32)
+    hashes = [xxhash.xxh3_64_intdigest(_raw(entries.to(dtype))) for dtype in (wide, torch.bfloat16, torch.float16)]
+    return Fingerprint(_CODES[base.dtype], (hashes[0], hashes[1], hashes[2]))
+
+
+def matches(saved: Fingerprint, found: Fingerprint) -> bool | None:
+    """Return whether two fingerprints can come from one base; None where their dtypes allow no statement.
+
+    Equal dtypes are compared bit for bit. Otherwise both are compared as rounded to the narrower dtype; between
+    bfloat16 and float16 neither is a rounding of the other, and nothing can be said.
+    """
+    if saved.dtype == found.dtype:
+        return saved.hashes[0] == found.hashes[0]
+    narrow = {saved.dtype, found.dtype} - {0, 3}
+    if len(narrow) == 2:
+        return None
+    if not narrow:  # float32 and float64: as bfloat16, which both can be rounded to
+        return saved.hashes[1] == found.hashes[1]
+    rounding = narrow.pop()
+    return saved.hashes[rounding] == found.hashes[rounding]
