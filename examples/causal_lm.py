@@ -13,6 +13,7 @@ import argparse
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft 0.21
     start = time.perf_counter()
     name = args.model or str(assets.smollm2_dir())
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -143,7 +144,7 @@ def choose_child(accelerator: Accelerator, model: nn.Module, loader: DataLoader[
     path = folder / "child_network.safetensors"
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        select_child_network(model, loader).save(path)
+        select_child_network(model, loader, show_progress=False).save(path)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         select_child_network(model, network=path)
@@ -227,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft 0.21
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
     with accelerator.main_process_first():  # one process downloads, the others find the files

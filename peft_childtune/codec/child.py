@@ -106,7 +106,9 @@ def _decode_rule(reader: Reader, header: Header) -> SeededUnits | ResampledUnits
 
 def _decode_step(reader: Reader) -> None:
     if reader.size % _STEP_BYTES:
-        raise FormatError(f"code: {reader.size} bytes, not a multiple of {_STEP_BYTES}; the code is cut off or damaged.")
+        raise FormatError(
+            f"code: {reader.size} bytes, not a multiple of {_STEP_BYTES}; the code is cut off or damaged."
+        )
     padding = reader.take(reader.left % _STEP_BYTES, "padding")
     if padding.any():
         raise FormatError("padding: not zero; the code is damaged.")

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import FormatError
 from .bits import Bytes, Ints, check_padding, one_bits, pack_fields, pack_positions, unpack_fields
 from .lzma_bitmap import compress_bitmap, decompress_bitmap, is_worth_trying
-from .rice import decode_block_rice, decode_rice, encode_block_rice, encode_rice, gaps_of
+from .rice import decode_block_rice, decode_rice, encode_block_rice, encode_rice, gaps_of, plan_block_rice, plan_rice
 
 RAW, RICE, BLOCK_RICE, BITMAP, LZMA = range(5)
 _MAX_BITMAP = 1 << 28  # bytes; above this the compressor would take minutes
@@ -27,12 +27,16 @@ def encode_units(units: Ints, *, units_shape: tuple[int, int]) -> tuple[int, boo
     best = (RAW, False, pack_fields(units, _width(limit)).tobytes())
     if units.size == 0:
         return best
-    by_column, ordered = False, units
-    for order, candidate in _orders(units, units_shape):
-        gaps = gaps_of(candidate)
-        for coding, payload in ((RICE, encode_rice(gaps)), (BLOCK_RICE, encode_block_rice(gaps))):
-            if len(payload) < len(best[2]):
-                best, by_column, ordered = (coding, order, payload), order, candidate
+    plans = []
+    for by_column, ordered in _orders(units, units_shape):
+        gaps = gaps_of(ordered)
+        (parameter, rice_size), (parameters, block_size) = plan_rice(gaps), plan_block_rice(gaps)
+        plans.append((min(rice_size, block_size), by_column, ordered, gaps, rice_size, parameter, parameters))
+    size, by_column, ordered, gaps, rice_size, parameter, parameters = min(plans, key=lambda plan: plan[0])
+    if size < len(best[2]) and size == rice_size:
+        best = (RICE, by_column, encode_rice(gaps, parameter))
+    elif size < len(best[2]):
+        best = (BLOCK_RICE, by_column, encode_block_rice(gaps, parameters))
     size = -(-limit // 8)
     if size <= min(_MAX_BITMAP, _MAX_BITMAP_RATIO * len(best[2])):
         bitmap = pack_positions(ordered, length=limit)

@@ -28,12 +28,22 @@ def positions_of(gaps: Ints, *, limit: int) -> Ints:
     return positions
 
 
-def encode_rice(gaps: Ints) -> bytes:
+def plan_rice(gaps: Ints) -> tuple[int, int]:
+    """Return the parameter that codes all gaps shortest, and the bytes of that code."""
+    guess = int(_guess_parameter(np.array([gaps.mean() if gaps.size else 0.0]))[0])
+    candidates = range(max(guess - 1, 0), min(guess + 1, MAX_WIDTH) + 1)
+    unary, parameter = min(
+        ((int((gaps >> candidate).sum()) + gaps.size, candidate) for candidate in candidates),
+        key=lambda plan: plan[0] + gaps.size * plan[1],
+    )
+    return parameter, 1 + -(-gaps.size * parameter // 8) + -(-unary // 8)
+
+
+def encode_rice(gaps: Ints, parameter: int) -> bytes:
     """Return the parameter (one byte), the low bits of all gaps, and their high parts in unary.
 
     Source: R. F. Rice, "Some practical universal noiseless coding techniques", 1979.
     """
-    parameter = _best_parameter(gaps)
     return bytes([parameter]) + pack_fields(gaps, parameter).tobytes() + pack_unary(gaps >> parameter).tobytes()
 
 
@@ -52,11 +62,9 @@ def decode_rice(payload: Bytes, *, count: int, limit: int) -> Ints:
     return _join(unpack_unary(reader.rest(), count=count), low, parameter, limit)
 
 
-def encode_block_rice(gaps: Ints) -> bytes:
+def encode_block_rice(gaps: Ints, parameters: Ints) -> bytes:
     """Return the same with a parameter for each 64 gaps: the least one, their width, and each as a bit field."""
-    parameters = block_parameters(gaps)
-    least = int(parameters.min())
-    width = int(parameters.max() - least).bit_length()
+    least, width = _span(parameters)
     per_gap = np.repeat(parameters, BLOCK)[: gaps.size]
     parts = (pack_fields(parameters - least, width), pack_fields(gaps, per_gap), pack_unary(gaps >> per_gap))
     return bytes([least, width]) + b"".join(part.tobytes() for part in parts)
@@ -79,28 +87,31 @@ def decode_block_rice(payload: Bytes, *, count: int, limit: int) -> Ints:
     return _join(unpack_unary(reader.rest(), count=count), low, per_gap, limit)
 
 
-def block_parameters(gaps: Ints) -> Ints:
-    """Return the parameter that codes each 64 gaps shortest."""
+def plan_block_rice(gaps: Ints) -> tuple[Ints, int]:
+    """Return the parameter that codes each 64 gaps shortest, and the bytes of that code."""
     blocks = -(-gaps.size // BLOCK)
     padded = np.zeros(blocks * BLOCK, dtype=np.int64)
     padded[: gaps.size] = gaps
     table = padded.reshape(blocks, BLOCK)
     sizes = np.full(blocks, BLOCK)
-    if blocks:
-        sizes[-1] = gaps.size - (blocks - 1) * BLOCK
+    sizes[-1:] = gaps.size - (blocks - 1) * BLOCK
     guess = _guess_parameter(table.sum(axis=1) / np.maximum(sizes, 1))
-    best, least = guess, np.full(blocks, np.iinfo(np.int64).max)
+    best, unary, least = guess, np.zeros_like(guess), np.full(blocks, np.iinfo(np.int64).max)
     for parameter in (guess - 1, guess, guess + 1):
         parameter = np.clip(parameter, 0, MAX_WIDTH)
-        length = (table >> parameter[:, None]).sum(axis=1) + sizes * parameter
-        best, least = np.where(length < least, parameter, best), np.minimum(length, least)
-    return best.astype(np.int64)
+        high = (table >> parameter[:, None]).sum(axis=1)
+        is_shorter = (length := high + sizes * parameter) < least
+        best, unary = np.where(is_shorter, parameter, best), np.where(is_shorter, high, unary)
+        least = np.minimum(length, least)
+    _, width = _span(best)
+    low_bits, unary_bits = int((best * sizes).sum()), int(unary.sum()) + gaps.size
+    return best, 2 + -(-blocks * width // 8) + -(-low_bits // 8) + -(-unary_bits // 8)
 
 
-def _best_parameter(gaps: Ints) -> int:
-    guess = int(_guess_parameter(np.array([gaps.mean() if gaps.size else 0.0]))[0])
-    candidates = range(max(guess - 1, 0), min(guess + 1, MAX_WIDTH) + 1)
-    return min(candidates, key=lambda parameter: int((gaps >> parameter).sum()) + gaps.size * parameter)
+def _span(parameters: Ints) -> tuple[int, int]:
+    """Return the least parameter, and the bits of how far the others exceed it."""
+    least = int(parameters.min())
+    return least, int(parameters.max() - least).bit_length()
 
 
 def _guess_parameter(means: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Ints:

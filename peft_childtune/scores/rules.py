@@ -18,7 +18,7 @@ from peft_childtune.scores.uses import Use
 
 __all__ = ["add_squares_", "example_gradients", "has_rule", "is_plain_embedding"]
 
-_BLOCK = 1 << 17  # weights per block of a squared gradient: it stays in the cache between matmul and sum
+_BLOCK = 1 << 17  # weights per block and thread of a squared gradient: it stays in the cache between matmul and sum
 _GPU_BLOCK = 1 << 26  # weights of several examples at once on other devices: 256 MiB
 
 
@@ -74,7 +74,7 @@ def example_gradients(use: Use, index: int) -> dict[str, Tensor]:
     for own in use.owner.names:
         if is_plain_embedding(module):
             rows, sums = _embedding_rows(module, _input(use)[index], grad[index])
-            table = torch.zeros(module.num_embeddings, module.embedding_dim, device=sums.device)
+            table = torch.zeros(_weight_shape(module), device=sums.device)
             found[own] = table.index_add_(0, rows, sums)
         elif own == "weight" and not _is_layer_norm(module):
             left, right = _reached_factors(use, index)
@@ -108,6 +108,11 @@ def _input(use: Use) -> Tensor:
     return value
 
 
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    assert isinstance(module.weight, Tensor)
+    return tuple(module.weight.shape)
+
+
 def _kept(factors: Tensor) -> list[tuple[int, float]]:
     return [(index, factor) for index, factor in enumerate(factors.tolist()) if factor]
 
@@ -137,7 +142,7 @@ def _reached_factors(use: Use, index: int) -> tuple[Tensor, Tensor]:
 def _add_squared_product_(total: Tensor, left: Tensor, right: Tensor, *, factor: float) -> None:
     """Add `factor * (left.T @ right)^2`, in place and block by block."""
     left, right = left.float().T, right.float()
-    step = max(1, _BLOCK // max(1, right.shape[1]))
+    step = max(1, _BLOCK * torch.get_num_threads() // max(1, right.shape[1]))
     for start in range(0, left.shape[0], step):
         product = left[start : start + step] @ right
         total[start : start + step].addcmul_(product, product, value=factor)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -60,6 +59,7 @@ def score_parameters(
             parameters; a score is not finite; or gradients are impossible here.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(2, 1, bias=False)
         >>> batches = [(torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([3.0, 3.0]))]
         >>> loss = lambda model, batch: (model(batch[0]).squeeze(1) * batch[1]).mean()
@@ -151,6 +151,6 @@ def _batches(dataloader: Iterable[Any], limit: int | None, *, title: str | None)
 def _check_not_all_zero(scores: Mapping[str, Tensor]) -> None:
     if not any(bool(each.any()) for each in scores.values()):
         raise ScoreError(
-            f"The loss does not depend on any of the {len(scores)} parameters: every gradient is zero. Look at what the "
-            "loss is computed from, and whether the modules to be trained take part in it."
+            f"The loss does not depend on any of the {len(scores)} parameters: every gradient is zero. Look at "
+            "what the loss is computed from, and whether the modules to be trained take part in it."
         )

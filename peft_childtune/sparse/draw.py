@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,10 +59,11 @@ def _draw_within(
         for start, stop in chunk_bounds(grid.num_units, _CPU):
             units = torch.arange(start, stop)
             hashes = hash_positions(units, seed=seed, stream=stream)
-            below = hashes < low
-            below_units[owner] += int(below.sum())
-            entries += _count(grid, units, below)
-            near = ((hashes >= low) & (hashes <= high - 1)).nonzero().flatten()
+            array = hashes.numpy()  # numpy compares and counts several times faster than torch 2.13
+            below = array < low
+            below_units[owner] += int(np.count_nonzero(below))
+            entries += _count(grid, units, torch.from_numpy(below))
+            near = torch.from_numpy(np.flatnonzero((array >= low) & (array <= high - 1)))
             near_hashes.append(hashes[near])
             near_sizes.append(grid.sizes_of(units[near]))
             near_owners.append(torch.full_like(near, owner))
@@ -82,5 +84,5 @@ def _draw_within(
 
 def _count(grid: UnitGrid, units: Tensor, kept: Tensor) -> int:
     if grid.has_equal_units:
-        return int(kept.sum()) * math.prod(grid.tile)
+        return int(kept.count_nonzero()) * math.prod(grid.tile)
     return grid.count_entries(units[kept])

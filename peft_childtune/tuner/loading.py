@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +33,28 @@ def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Te
                 full = f"{path}.{key}".removeprefix(_PEFT_PREFIX)
                 found[full] = (f"{path}.modules_to_save.{adapter_name}.{key}", tensor)
     return found
+
+
+class _NoLoadMap:
+    """Stands in for a head wrapper's `adapter_state_dict_load_map` while the adapter is on its way into a `PeftModel`.
+
+    PEFT renames the heads before it calls any hook of ours, and breaks off with a bare KeyError where one is missing, leaving
+    the half-made adapter behind. With an empty map the heads reach `adopt_state_dict`, which renames them itself.
+    """
+
+    def __init__(self, wrapper: ModulesToSaveWrapper, adapter_name: str) -> None:
+        self.wrapper, self.adapter_name = wrapper, adapter_name
+
+    def __call__(self, adapter_name: str) -> dict[str, str]:
+        real: dict[str, str] = type(self.wrapper).adapter_state_dict_load_map(self.wrapper, adapter_name)
+        return {} if adapter_name == self.adapter_name else real
+
+
+def _lift_load_maps(root: nn.Module, adapter_name: str) -> None:
+    for module in root.modules():
+        stand_in = module.__dict__.get("adapter_state_dict_load_map")
+        if isinstance(stand_in, _NoLoadMap) and stand_in.adapter_name == adapter_name:
+            del module.__dict__["adapter_state_dict_load_map"]
 
 
 def _sealed(name: str, layer: ChildTuningLayer, parameter: str, code: Tensor | None, values: Tensor | None) -> Sealed:
@@ -97,6 +118,7 @@ class PendingLoad:
 
     def finish(self) -> None:
         """Accept the adapter."""
+        _lift_load_maps(self.root, self.adapter_name)
         for layer in self._layers():
             layer._code(self.adapter_name).selected = True
             layer._pending.pop(self.adapter_name, None)
@@ -104,6 +126,7 @@ class PendingLoad:
 
     def discard(self) -> None:
         """Take everything of the adapter out of the model."""
+        _lift_load_maps(self.root, self.adapter_name)
         remove_adapter(self.root, self.adapter_name, self.peft_config)
         for parameter, flag in self.trainable:
             parameter.requires_grad_(flag)
@@ -148,12 +171,22 @@ def begin_load(
     trainable: list[tuple[nn.Parameter, bool]],
     *,
     sized: bool,
+    by_peft_model: bool,
 ) -> None:
-    """Mark an adapter as one whose weights are on their way; `sized` if its places exist, the seal's is made then."""
+    """Mark an adapter as one whose weights are on their way.
+
+    Args:
+        sized: its places exist already; the seal's is made then.
+        by_peft_model: a `PeftModel` is loading it, not transformers' or somebody's direct injection.
+    """
     pending = PendingLoad(adapter_name, root, peft_config, trainable)
     layers = pending._layers()
     for layer in layers:
         layer._pending[adapter_name] = pending
+    if by_peft_model:
+        for module in root.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                module.__dict__["adapter_state_dict_load_map"] = _NoLoadMap(module, adapter_name)
     if sized and layers:
         children = sum(1 for _ in covered_tensors(root, adapter_name))
         size = seal_bytes(children, len(head_tensors(root, adapter_name)))
@@ -174,7 +207,7 @@ def adopt_state_dict(
 
     Args:
         model: a `PeftModel`, or a base model with injected layers.
-        state_dict: keys without the adapter's name, as in the file; heads under the model's own keys.
+        state_dict: keys without the adapter's name, as in the file; heads under those keys or under the model's own.
 
     Returns:
         `state_dict` without the seal, deltas in float32.
@@ -185,6 +218,9 @@ def adopt_state_dict(
     layers = layers_of(model, adapter_name)
     pending = next((layer._pending[adapter_name] for layer in layers.values() if adapter_name in layer._pending), None)
     check_not_merged(layers.values(), adapter_name)
+    heads = {name: key for name, (key, _) in head_tensors(model, adapter_name).items()}
+    own_keys = {key: heads.get(key.removeprefix(_PEFT_PREFIX), key) for key in state_dict}
+    state_dict = {own_keys[key]: tensor for key, tensor in state_dict.items()}
     ours = {k: v for k, v in state_dict.items() if ".child_tuning_" in k}
     rest = {k: v for k, v in state_dict.items() if k not in ours}
     try:
@@ -210,9 +246,10 @@ def adopt_state_dict(
                     f"{name}: adapter_config.json and the weights file list different numbers of kept entries; the two do not "
                     "belong together."
                 )
-        heads = {name: state_dict[key] for name, (key, _) in head_tensors(model, adapter_name).items() if key in state_dict}
+        if absent := [name for name, key in heads.items() if key not in state_dict]:
+            raise IntegrityError(f"{absent[0]}: is not in the weights file; the file is incomplete: save or fetch it again.")
         children = {n: _sealed(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
-        verify_seal(seals[0], children, heads)
+        verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
     except BaseException:
         if pending is not None:
             pending.discard()

@@ -49,6 +49,11 @@ class ChildTuningModel(BaseTuner):
     tuner_layer_cls = ChildTuningLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # targets are found by structure, not by model type
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # `PeftModel` hands over a table of configurations, direct injection (transformers, diffusers) a single one
+        self._by_peft_model = isinstance(peft_config, dict)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -82,7 +87,10 @@ class ChildTuningModel(BaseTuner):
                 children = data_free_children(model, adapter_name, config)
                 install_children(model, adapter_name, children, config=config, meta=low_cpu_mem_usage)
             if config.child is not None or config.inference_mode:
-                begin_load(model, adapter_name, self.peft_config, trainable, sized=config.child is not None)
+                sized = config.child is not None
+                begin_load(
+                    model, adapter_name, self.peft_config, trainable, sized=sized, by_peft_model=self._by_peft_model
+                )
         except BaseException:
             remove_adapter(model, adapter_name, dict(self.peft_config))
             for parameter, flag in trainable:

@@ -13,8 +13,8 @@ def load(path, **options):
     return load_rows(str(path), **{"text_columns": ["text"], "label_column": "label", **options})
 
 
-def test_string_labels_are_numbered_in_alphabetical_order(table):
-    (rows,) = load(table)
+def test_string_labels_are_numbered_in_alphabetical_order(table_file):
+    (rows,) = load(table_file)
     assert (rows.texts[0], rows.labels[0]) == (("the film is bad",), 0)
     assert (rows.texts[-1], rows.labels[-1]) == (("the script is very very lovely",), 1)
 
@@ -37,9 +37,9 @@ def test_two_columns_make_pairs(tmp_path):
     assert load(path, text_columns=["one", "two"])[0].texts == [("film", "plot")]
 
 
-def test_a_missing_column_is_named(table):
+def test_a_missing_column_is_named(table_file):
     with pytest.raises(ValueError, match="no column 'stars'; the data has text, label"):
-        load(table, label_column="stars")
+        load(table_file, label_column="stars")
 
 
 def test_an_empty_file_is_refused(tmp_path):
