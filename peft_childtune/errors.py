@@ -1,17 +1,17 @@
 """The errors this library raises: one root, and under it the built-in that each error refines.
 
-    ChildTuningError
-     ├── ConfigError           (ValueError)           an option, or two options together, that mean nothing
-     ├── BudgetError           (ValueError)           a density that keeps nothing, or more than there is
-     ├── DeltaError            (ValueError)           positions or values that are no sparse delta
-     ├── ScoreError            (ValueError)           no data, no loss, or a score that is not finite
-     ├── TargetError           (ValueError)           modules that cannot be wrapped, or names that match nothing
-     ├── SelectionError        (RuntimeError)         no child yet, or one that must not be replaced
-     ├── UnsupportedError      (NotImplementedError)  something PEFT offers and this method does not
-     ├── FormatError           (ValueError)           bytes or files that break the format
-     │    └── IntegrityError                          well-formed, but not what was saved
-     ├── BaseMismatchError     (ValueError)           an adapter made for other base weights
-     └── PeftVersionError      (ImportError)          a release of PEFT this library was not made for
+ChildTuningError
+├── ConfigError           (ValueError)           an option, or two options together, that mean nothing
+├── BudgetError           (ValueError)           a density that keeps nothing, or more than there is
+├── DeltaError            (ValueError)           positions or values that are no sparse delta
+├── ScoreError            (ValueError)           no data, no loss, or a score that is not finite
+├── TargetError           (ValueError)           modules that cannot be wrapped, or names that match nothing
+├── SelectionError        (RuntimeError)         no child yet, or one that must not be replaced
+├── UnsupportedError      (NotImplementedError)  something PEFT offers and this method does not
+├── FormatError           (ValueError)           bytes or files that break the format
+│    └── IntegrityError                          well-formed, but not what was saved
+├── BaseMismatchError     (ValueError)           an adapter made for other base weights
+└── PeftVersionError      (ImportError)          a release of PEFT this library was not made for
 """
 
 from __future__ import annotations

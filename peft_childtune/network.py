@@ -57,11 +57,15 @@ class ChildNetwork:
             grid = UnitGrid(tuple(shapes[name]))
             positions = positions.detach().cpu()
             if positions.dtype is not torch.int64 or positions.ndim != 1:
-                raise DeltaError(f"{name}: indices are {positions.dtype} of {positions.ndim} dimensions; need int64, (nnz,).")
+                raise DeltaError(
+                    f"{name}: indices are {positions.dtype} of {positions.ndim} dimensions; need int64, (nnz,)."
+                )
             if positions.numel() and (
                 positions[0] < 0 or positions[-1] >= grid.numel or bool((positions.diff() <= 0).any())
             ):
-                raise DeltaError(f"{name}: indices must increase strictly within [0, {grid.numel}); sort and deduplicate them.")
+                raise DeltaError(
+                    f"{name}: indices must increase strictly within [0, {grid.numel}); sort and deduplicate them."
+                )
             children[name] = TensorChild(grid, positions)
         return cls(children)
 
@@ -100,7 +104,8 @@ class ChildNetwork:
             different = sorted(dict(self.shapes.items() ^ other.shapes.items()))
             raise DeltaError(f"the two child networks cover different tensors, for example {different[0]}.")
         shared = sum(
-            int(torch.isin(self.indices[name], other.indices[name], assume_unique=True).sum()) for name in self.children
+            int(torch.isin(self.indices[name], other.indices[name], assume_unique=True).sum())
+            for name in self.children
         )
         smaller = min(self.nnz, other.nnz)
         return shared / smaller if smaller else 0.0
@@ -132,7 +137,8 @@ class ChildNetwork:
         codes, metadata = load_tensors(path)
         if metadata.get("format") != _FORMAT:
             raise FormatError(
-                f"{path}: is no child network file ({_FORMAT}); save one with `ChildNetwork.save`. An adapter folder is loaded "
+                f"{path}: is no child network file ({_FORMAT}); save one with `ChildNetwork.save`. An adapter "
+                "folder is loaded "
                 "with `PeftModel.from_pretrained`."
             )
         try:
@@ -143,7 +149,9 @@ class ChildNetwork:
             raise FormatError(f"{path}: {len(shapes)} shapes for {len(codes)} tensors; save the child network again.")
         network = cls({n: decode_child(codes[n], shape=s) for n, s in zip(sorted(codes), shapes, strict=False)})
         if network.digest() != metadata.get("digest"):
-            raise IntegrityError(f"{path}: holds other positions than were saved; the file is damaged, fetch it again.")
+            raise IntegrityError(
+                f"{path}: holds other positions than were saved; the file is damaged, fetch it again."
+            )
         return network
 
     def __eq__(self, other: object) -> bool:
@@ -154,4 +162,5 @@ class ChildNetwork:
 
     def __repr__(self) -> str:
         """Return a summary."""
-        return f"ChildNetwork({len(self.children)} tensors, {self.nnz} of {self.numel} entries, density {self.density:.3g})"
+        kept = f"{self.nnz} of {self.numel} entries"
+        return f"ChildNetwork({len(self.children)} tensors, {kept}, density {self.density:.3g})"

@@ -1,8 +1,8 @@
-"""The seal of an adapter: digests of what a weights file holds and fingerprints of the base it was made for.
+r"""The seal of an adapter: digests of what a weights file holds and fingerprints of the base it was made for.
 
 The seal is one uint8 tensor, stored in the file only. Layout, little-endian, 24 + 49 n + 33 m bytes:
 
-    8   magic "CTSEAL\\0" and the format's major version
+    8   magic "CTSEAL\0" and the format's major version
     4   n, the number of covered base tensors
     4   m, the number of `modules_to_save` tensors
     n x 49   hash of the name (8), digest of code and values (16), fingerprint of the base tensor (25)
@@ -92,7 +92,8 @@ def _read(seal: Tensor) -> tuple[dict[bytes, tuple[bytes, Fingerprint]], dict[by
     start = len(_MAGIC) + 8
     if len(raw) < start or raw[: len(_MAGIC)] != _MAGIC:
         raise FormatError(
-            "child_tuning_seal: is not a seal of format version 1; the file is damaged or was written by a newer release."
+            "child_tuning_seal: is not a seal of format version 1; the file is damaged or was written by a newer "
+            "release."
         )
     n, m = (int.from_bytes(raw[i : i + 4], "little") for i in (len(_MAGIC), len(_MAGIC) + 4))
     if len(raw) != seal_bytes(n, m):
@@ -123,7 +124,8 @@ def _check_names(what: str, sealed: set[bytes], found: Mapping[str, object]) -> 
             )
     if sealed - set(hashes):
         raise IntegrityError(
-            f"{len(sealed - set(hashes))} of the {len(sealed)} {what}s that were saved are not in this model; the base "
+            f"{len(sealed - set(hashes))} of the {len(sealed)} {what}s that were saved are not in this model; the "
+            "base "
             f"model is another one, or `target_modules` differs. Present, for example: {next(iter(found), 'none')}."
         )
 
@@ -146,26 +148,32 @@ def verify_seal(seal: Tensor, children: Mapping[str, Sealed], heads: Mapping[str
     _check_names("`modules_to_save` tensor", set(sealed_heads), heads)
     for name, entry in children.items():
         if _digest(name, entry) != sealed[_hash(name)][0]:
-            raise IntegrityError(f"{name}: the stored child differs from what was saved; the file is damaged, fetch it again.")
+            raise IntegrityError(
+                f"{name}: the stored child differs from what was saved; the file is damaged, fetch it again."
+            )
     unverified = []
     for name, tensor in heads.items():
         same = matches(sealed_heads[_hash(name)], _head_fingerprint(tensor))
         if same is False:
-            raise IntegrityError(f"{name}: the stored tensor differs from what was saved; the file is damaged, fetch it again.")
+            raise IntegrityError(
+                f"{name}: the stored tensor differs from what was saved; the file is damaged, fetch it again."
+            )
         if same is None:
             unverified.append(name)
     for name, entry in children.items():
         same = matches(sealed[_hash(name)][1], entry.fingerprint())
         if same is False:
             raise BaseMismatchError(
-                f"{name}: the base weights differ from those that the adapter was made for; load it onto the base model "
+                f"{name}: the base weights differ from those that the adapter was made for; load it onto the base "
+                "model "
                 "(and revision) named in its adapter_config.json."
             )
         if same is None:
             unverified.append(name)
     if unverified:
         logger.warning(
-            "%s and %d more tensors could not be verified: the adapter was made on a bfloat16 base and this one is float16, or "
+            "%s and %d more tensors could not be verified: the adapter was made on a bfloat16 base and this one "
+            "is float16, or "
             "the other way round. Load the base in the precision in which it was published to have it checked.",
             unverified[0],
             len(unverified) - 1,

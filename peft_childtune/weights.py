@@ -38,7 +38,8 @@ def restore_(weight: Tensor, indices: Tensor, replaced: Tensor) -> None:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    array = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)  # type: ignore[arg-type]  # numpy's stubs know no buffers in this Python
 
 
 def digest(name: str, *tensors: Tensor) -> bytes:

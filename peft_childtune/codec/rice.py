@@ -21,9 +21,10 @@ def positions_of(gaps: Ints, *, limit: int) -> Ints:
     Raises:
         FormatError: a position at or beyond `limit`.
     """
-    positions = np.cumsum(gaps + 1) - 1
+    positions = np.cumsum(gaps + 1)
+    positions -= 1
     # each gap is below 2^62, so the first sum out of range is still exact and cannot hide behind a wrap-around
-    if positions.size and (int(positions.max()) >= limit or int(positions.min()) < 0):
+    if positions.size and int(positions.max()) >= limit:
         raise FormatError(f"payload: a position is outside of [0, {limit}); the code is damaged.")
     return positions
 
@@ -125,6 +126,8 @@ def _check_parameter(parameter: int, limit: int) -> None:
 
 
 def _join(high: Ints, low: Ints, parameter: int | Ints, limit: int) -> Ints:
-    if high.size and bool((high > (np.int64(limit) >> parameter)).any()):
+    if bool((high > (np.int64(limit) >> parameter)).any()):  # checked before the shift can overflow
         raise FormatError(f"payload: a gap is larger than all {limit} positions; the code is damaged.")
-    return positions_of((high << parameter) | low, limit=limit)
+    gaps = high << parameter
+    gaps |= low
+    return positions_of(gaps, limit=limit)

@@ -32,7 +32,7 @@ class Edit:
 
 
 def flatten_edits(edits: Sequence[Edit]) -> tuple[tuple[StepGate | None, ...], list[Tensor | None]]:
-    """Return gates and tensors (all values, then all indices): an autograd Function sees only flat tensor arguments."""
+    """Return gates, and all values followed by all indices: autograd Functions see only flat tensor arguments."""
     return tuple(e.gate for e in edits), [*(e.values for e in edits), *(e.indices for e in edits)]
 
 
@@ -75,7 +75,7 @@ class _Compose(torch.autograd.Function):
         return compose_all(base, tensors[:count], tensors[count:])  # type: ignore[arg-type]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.gates)
         tensors = ctx.saved_tensors

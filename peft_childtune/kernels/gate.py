@@ -1,4 +1,4 @@
-"""The gradient mask of Child-Tuning-F: a new Bernoulli(p) draw for every optimizer step, kept gradients scaled by 1/p."""
+"""The gradient mask of Child-Tuning-F: a Bernoulli(p) draw for every optimizer step, kept gradients times 1/p."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class _ChildLinear(torch.autograd.Function):
         return plain_linear(x, composed, bias, transposed=transposed)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *tensors = ctx.saved_tensors
         count = len(ctx.gates)

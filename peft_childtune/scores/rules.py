@@ -18,7 +18,7 @@ from peft_childtune.scores.uses import Use
 
 __all__ = ["add_squares_", "example_gradients", "has_rule", "is_plain_embedding"]
 
-_BLOCK = 1 << 17  # weights per block and thread of a squared gradient: it stays in the cache between matmul and sum
+_BLOCK = 1 << 18  # weights per block and thread of a squared gradient: it stays in the cache between matmul and sum
 _GPU_BLOCK = 1 << 26  # weights of several examples at once on other devices: 256 MiB
 
 

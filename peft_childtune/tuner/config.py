@@ -83,7 +83,8 @@ class ChildTuningConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "The names of the modules to adapt: a list of names or name endings, a regular expression, or `all-linear`. "
+                "The names of the modules to adapt: a list of names or name endings, a regular expression, or "
+                "`all-linear`. "
                 "`None` means every module with weights inside the repeated transformer blocks, found by structure: "
                 "weights, biases and norms alike, without embeddings, pooler and head."
             )
@@ -96,20 +97,20 @@ class ChildTuningConfig(PeftConfig):
         default="task_driven",
         metadata={
             "help": (
-                "`task_driven` (Child-Tuning-D): a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): chosen at "
+                "`task_driven` (Child-Tuning-D): a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): "
+                "chosen at "
                 "random, see `resample`."
             )
         },
     )
-    density: float = field(
-        default=0.3, metadata={"help": "The kept fraction of the covered weights, in (0, 1]."}
-    )
+    density: float = field(default=0.3, metadata={"help": "The kept fraction of the covered weights, in (0, 1]."})
     score: Score = field(
         default="fisher",
         metadata={
             "help": (
                 "What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher "
-                "information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need data: call "
+                "information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need "
+                "data: call "
                 "`select_child_network(model, dataloader)`. `magnitude` and `random` need none."
             )
         },
@@ -118,7 +119,8 @@ class ChildTuningConfig(PeftConfig):
         default="global",
         metadata={
             "help": (
-                "Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` (each "
+                "Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), "
+                "`tensor` (each "
                 "tensor) or `row` (each output neuron)."
             )
         },
@@ -127,7 +129,8 @@ class ChildTuningConfig(PeftConfig):
         default="element",
         metadata={
             "help": (
-                "What is kept or left as one: `element`, `row` (an output neuron), `column` (an input) or `block` (a square "
+                "What is kept or left as one: `element`, `row` (an output neuron), `column` (an input) or "
+                "`block` (a square "
                 "tile of `block_size`). Entries of biases and norms always count one by one."
             )
         },
@@ -137,7 +140,8 @@ class ChildTuningConfig(PeftConfig):
         default=False,
         metadata={
             "help": (
-                "task_free only. `True` draws a new gradient mask at every optimizer step, as in the paper: every covered "
+                "task_free only. `True` draws a new gradient mask at every optimizer step, as in the paper: "
+                "every covered "
                 "weight changes, so the saved delta is dense. `False` keeps one random child."
             )
         },
@@ -147,7 +151,8 @@ class ChildTuningConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "The dtype in which the delta is saved: `float32`, `bfloat16` or `float16`; `None` keeps the one it has."
+                "The dtype in which the delta is saved: `float32`, `bfloat16` or `float16`; `None` keeps the one "
+                "it has."
             )
         },
     )
@@ -155,16 +160,15 @@ class ChildTuningConfig(PeftConfig):
         default=True,
         metadata={
             "help": (
-                "`True` starts from a delta of zero: the adapter changes nothing until it is trained. `False` starts from "
+                "`True` starts from a delta of zero: the adapter changes nothing until it is trained. `False` "
+                "starts from "
                 "random values, for tests."
             )
         },
     )
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Modules apart from the child that are trained and saved whole, for example a fresh head."
-        },
+        metadata={"help": "Modules apart from the child that are trained and saved whole, for example a fresh head."},
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "The indices of the blocks to adapt; the others are left alone."}
@@ -172,9 +176,7 @@ class ChildTuningConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": (
-                "The name of the list of blocks, where it is not the usual one; used with `layers_to_transform`."
-            )
+            "help": ("The name of the list of blocks, where it is not the usual one; used with `layers_to_transform`.")
         },
     )
     target_parameters: list[str] | None = field(
@@ -188,7 +190,8 @@ class ChildTuningConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "Kept entries and coded bytes of each covered tensor: written when an adapter is saved, so that loaders can "
+                "Kept entries and coded bytes of each covered tensor: written when an adapter is saved, so that "
+                "loaders can "
                 "size its tensors. Its presence means that weights are about to be loaded; leave it alone."
             )
         },
@@ -196,8 +199,8 @@ class ChildTuningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check every option, alone and with the others."""
-        super().__post_init__()
-        self.peft_type = ChildTuningPeftType.CHILD_TUNING  # type: ignore[assignment]
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = ChildTuningPeftType.CHILD_TUNING
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
         if isinstance(self.exclude_modules, list):
@@ -232,21 +235,31 @@ class ChildTuningConfig(PeftConfig):
 
     def _check_numbers(self) -> None:
         if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
-            raise ConfigError(f"density={self.density!r} is outside (0, 1]; it is the kept fraction, 0.02 keeps 2 % of the weights.")
+            raise ConfigError(
+                f"density={self.density!r} is outside (0, 1]; it is the kept fraction, 0.02 keeps 2 % of the weights."
+            )
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ConfigError(f"block_size={self.block_size!r} is no side of a tile; use an integer >= 1, for example 16.")
+            raise ConfigError(
+                f"block_size={self.block_size!r} is no side of a tile; use an integer >= 1, for example 16."
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed!r} is outside [0, 2**63); use a non-negative integer.")
 
     def _check_combinations(self) -> None:
         if self.target_parameters is not None:
             raise UnsupportedError(
-                "target_parameters is not supported: name the modules that own the parameters in `target_modules`; all "
+                "target_parameters is not supported: name the modules that own the parameters in "
+                "`target_modules`; all "
                 "parameters of a module are covered."
             )
         if self.resample and self.mode != "task_free":
-            raise ConfigError('resample=True belongs to mode="task_free" (Child-Tuning-F); a task-driven child stays fixed.')
-        if self.mode == "task_free" and self.score not in ("fisher", "random"):  # fisher: the default, not a choice made
+            raise ConfigError(
+                'resample=True belongs to mode="task_free" (Child-Tuning-F); a task-driven child stays fixed.'
+            )
+        if self.mode == "task_free" and self.score not in (
+            "fisher",
+            "random",
+        ):  # fisher: the default, not a choice made
             raise ConfigError(f'score={self.score!r} has no meaning with mode="task_free", which chooses at random.')
         if self.resample and (self.granularity != "element" or self.scope != "global"):
             raise ConfigError(
@@ -254,11 +267,14 @@ class ChildTuningConfig(PeftConfig):
             )
         if self.scope == "row" and self.granularity != "element":
             raise ConfigError(
-                f'scope="row" shares the budget inside each output neuron, so granularity={self.granularity!r} cannot be kept; '
+                f'scope="row" shares the budget inside each output neuron, so granularity={self.granularity!r} '
+                "cannot be kept; "
                 'use granularity="element" or another scope.'
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError("layers_to_transform cannot be used when target_modules is a str; list the names instead.")
+            raise ConfigError(
+                "layers_to_transform cannot be used when target_modules is a str; list the names instead."
+            )
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             raise ConfigError("layers_pattern cannot be used when target_modules is a str; list the names instead.")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -14,7 +14,15 @@ from ..sparse import TensorChild, UnitGrid
 from .config import ChildTuningConfig
 from .layer import ChildTuningLayer
 
-__all__ = ["check_not_merged", "covered_tensors", "grids_of", "install_children", "layers_of", "prepare_places", "set_values"]
+__all__ = [
+    "check_not_merged",
+    "covered_tensors",
+    "grids_of",
+    "install_children",
+    "layers_of",
+    "prepare_places",
+    "set_values",
+]
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, ChildTuningLayer]:
@@ -56,12 +64,13 @@ def check_not_merged(layers: Iterable[ChildTuningLayer], adapter_name: str) -> N
     for layer in layers:
         if adapter_name in layer.merged_adapters:
             raise SelectionError(
-                f"{layer._module_name}: adapter {adapter_name!r} is merged into the base weights; call `unmerge_adapter()` first."
+                f"{layer._module_name}: adapter {adapter_name!r} is merged into the base weights; call "
+                "`unmerge_adapter()` first."
             )
 
 
 def set_values(layer: ChildTuningLayer, adapter_name: str, parameter: str, values: Tensor, *, trainable: bool) -> None:
-    """Make `values` the delta of one base parameter; a delta of the same length, dtype and device keeps its identity."""
+    """Make `values` the delta of one base parameter; one of the same length, dtype and device keeps its identity."""
     holder = layer._values(adapter_name)
     old = holder.get(parameter)
     if old is not None and (old.shape, old.dtype, old.device) == (values.shape, values.dtype, values.device):
@@ -83,7 +92,10 @@ def install_children(
     """Give an adapter its child: code, and a delta of zeros, or of random values if `init_weights` is False.
 
     Args:
+        model: with the adapter's layers in it.
+        adapter_name: whose child.
         children: one per covered base tensor.
+        config: the adapter's.
         meta: create the deltas on the meta device (PEFT's `low_cpu_mem_usage`).
 
     Raises:
@@ -93,7 +105,8 @@ def install_children(
     covered = list(covered_tensors(model, adapter_name))
     if unknown := set(children) - {name for name, _, _ in covered}:
         raise DeltaError(
-            f"{min(unknown)}: the child network has it, but adapter {adapter_name!r} does not cover it; make the adapter with the "
+            f"{min(unknown)}: the child network has it, but adapter {adapter_name!r} does not cover it; make the "
+            "adapter with the "
             "`target_modules` for which the child was chosen."
         )
     for name, layer, parameter in covered:
@@ -113,19 +126,25 @@ def install_children(
             continue
         weight = layer.base_parameter(parameter)
         device = torch.device("meta") if meta else weight.device
-        layer._code(adapter_name).set_child(parameter, encode_child(child).to(weight.device if not weight.is_meta else "cpu"))
+        layer._code(adapter_name).set_child(
+            parameter, encode_child(child).to(weight.device if not weight.is_meta else "cpu")
+        )
         make = torch.zeros if config.init_weights else torch.randn
         trainable = adapter_name in layer.active_adapters and not config.inference_mode and not layer.disable_adapters
-        set_values(layer, adapter_name, parameter, make(count, dtype=torch.float32, device=device), trainable=trainable)
+        set_values(
+            layer, adapter_name, parameter, make(count, dtype=torch.float32, device=device), trainable=trainable
+        )
 
 
 def _check_sizes(name: str, sizes: object, numel: int) -> tuple[int, int]:
-    sound = isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(n) is int for n in sizes)
-    nnz, coded = sizes if sound else (-1, -1)  # type: ignore[misc]
+    nnz, coded = -1, -1
+    if isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(n) is int for n in sizes):
+        nnz, coded = sizes
     # 16 bytes an entry is far above any coding, and keeps a hostile file from asking for memory
     if not (0 <= nnz <= numel and 0 <= coded <= 256 + 16 * nnz and (nnz == 0) == (coded == 0)):
         raise FormatError(
-            f"{name}: `child` in adapter_config.json says {sizes!r}, but the tensor has {numel} entries; [kept entries, coded "
+            f"{name}: `child` in adapter_config.json says {sizes!r}, but the tensor has {numel} entries; [kept "
+            "entries, coded "
             "bytes] is expected. The configuration is damaged: save or fetch the adapter again."
         )
     return nnz, coded

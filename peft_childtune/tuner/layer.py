@@ -1,8 +1,7 @@
-"""The layer that stands in for an adapted module."""
+"""State and life of the adapters on one adapted module."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,11 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..codec import step_view
 from ..errors import SelectionError, UnsupportedError
-from ..kernels import Edit, StepGate, child_linear, compose_parameter
+from ..kernels import Edit, StepGate
 from ..sparse import ResampledUnits, SparseDelta, TensorChild, compose_entries
 from ..weights import merge_, restore_
 from .state import ChildCode, ChildValues
@@ -26,9 +24,9 @@ from .targets import covered_names
 if TYPE_CHECKING:
     from .loading import PendingLoad
 
-__all__ = ["ChildTuningLayer", "Linear", "Module", "wrap"]
+__all__ = ["ChildTuningLayer"]
 
-_NOT_SELECTED = """{name}: the child network of adapter {adapter!r} is not selected yet, so there is nothing to train or to merge. Call
+_NOT_SELECTED = """{name}: adapter {adapter!r} has no child network yet, so nothing to train, merge or save. Call
 
     from peft_childtune import select_child_network
     select_child_network(model, train_dataloader{argument})
@@ -37,7 +35,7 @@ before training. (score="magnitude", "random" and mode="task_free" need no data.
 
 
 class ChildTuningLayer(BaseTunerLayer):
-    """State and life of the adapters on one module; `Linear` and `Module` add the forward."""
+    """The adapters of one module: `Linear` and `Module` in `modules.py` add the forward."""
 
     adapter_layer_names: tuple[str, ...] = ("child_tuning_values",)
     other_param_names: tuple[str, ...] = ("child_tuning_code", "child_tuning_seal", "_pending", "_replaced")
@@ -78,7 +76,7 @@ class ChildTuningLayer(BaseTunerLayer):
     def base_parameter(self, parameter: str) -> nn.Parameter:
         """Return a parameter of the base layer."""
         found = self.get_base_layer()._parameters[parameter]
-        assert found is not None  # noqa: S101  # by construction of `covered`
+        assert found is not None  # by construction of `covered`
         return found
 
     def has_child(self, adapter_name: str) -> bool:
@@ -163,7 +161,7 @@ class ChildTuningLayer(BaseTunerLayer):
                 owner.resolve_pending(adapter_name)
                 if owner.has_child(adapter_name):
                     working.append(adapter_name)
-                elif self.training:  # type: ignore[attr-defined]
+                elif self.training:
                     owner._require_child(adapter_name)
                 break
         return working
@@ -231,7 +229,8 @@ class ChildTuningLayer(BaseTunerLayer):
 
         Args:
             parameter: its name in the base layer.
-            base: the tensor to look at; None for the base layer's own (a gathered state dict may hold the whole of a shard).
+            base: the tensor to look at; None for the base layer's own (a gathered state dict may hold the whole of a
+            shard).
         """
         weight = self.base_parameter(parameter).detach() if base is None else base
         if not self.merged:
@@ -257,11 +256,12 @@ class ChildTuningLayer(BaseTunerLayer):
     def _refuse_adapter_names(self, kwargs: dict[str, Any]) -> None:
         if "adapter_names" in kwargs:
             raise UnsupportedError(
-                "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run each part on its own."
+                "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run "
+                "each part on its own."
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the base layer has under that name: model code asks its layers for `eps`, `num_embeddings` and the like."""
+        """Return what the base layer has under that name: model code asks its layers for `eps` and the like."""
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
@@ -275,7 +275,11 @@ class ChildTuningLayer(BaseTunerLayer):
 
 
 def _features(base: nn.Module) -> tuple[int | None, int | None]:
-    for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim")):
+    for names in (
+        ("in_features", "out_features"),
+        ("in_channels", "out_channels"),
+        ("num_embeddings", "embedding_dim"),
+    ):
         if all(hasattr(base, name) for name in names):
             return getattr(base, names[0]), getattr(base, names[1])
     weight = getattr(base, "weight", None)
@@ -284,89 +288,3 @@ def _features(base: nn.Module) -> tuple[int | None, int | None]:
     if isinstance(base, Conv1D):
         return weight.shape[0], weight.shape[1]
     return weight.shape[-1], weight.shape[0]
-
-
-class Linear(ChildTuningLayer, nn.Module):
-    """An adapted `nn.Linear` or `transformers` `Conv1D`: composes, multiplies, and keeps nothing of the weight's size."""
-
-    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
-        super().__init__()
-        self._set_up(base_layer, module_name)
-        self._transposed = isinstance(self.get_base_layer(), Conv1D)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
-        self._refuse_adapter_names(kwargs)
-        if self._disable_adapters and self.merged:
-            self.unmerge()
-        adapters = [] if self.merged else self._working_adapters()
-        if not adapters:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        base = self.get_base_layer()
-        edits, bias_edits = self._edits("weight", adapters), []
-        weight, bias = base.weight, base.bias
-        if bias is not None and (bias_edits := self._edits("bias", adapters)):
-            bias = compose_parameter(bias, bias_edits)  # type: ignore[arg-type]
-        if not edits:
-            if not bias_edits:
-                return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-            if not self._transposed:
-                return F.linear(x, weight, bias)  # type: ignore[arg-type]
-        return child_linear(x, weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
-
-
-class _Watched(dict[str, Any]):
-    """Parameters that remember which of them were read."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-
-class Module(ChildTuningLayer, nn.Module):
-    """Any other adapted module, a norm, a convolution, an embedding: its own forward runs over composed weights."""
-
-    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
-        super().__init__()
-        self._set_up(base_layer, module_name)
-        self._proven: set[str] = set()  # parameters that the forward was seen to read
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
-        self._refuse_adapter_names(kwargs)
-        if self._disable_adapters and self.merged:
-            self.unmerge()
-        adapters = [] if self.merged else self._working_adapters()
-        base = self.get_base_layer()
-        composed = {}
-        for name in covered_names(base) if adapters else ():
-            if edits := self._edits(name, adapters):
-                composed[name] = compose_parameter(self.base_parameter(name), edits)
-        if not composed:
-            return self.base_layer(*args, **kwargs)
-        # A shallow copy with other parameters: the base module itself is never touched, and its class's own forward runs,
-        # so that merged and unmerged outputs agree in every bit.
-        stand_in = copy.copy(base)
-        parameters = {**base._parameters, **composed}
-        stand_in.__dict__["_parameters"] = parameters
-        if self._proven.issuperset(composed):
-            return type(base).forward(stand_in, *args, **kwargs)
-        stand_in.__dict__["_parameters"] = watched = _Watched(parameters)
-        out = type(base).forward(stand_in, *args, **kwargs)
-        if unread := set(composed) - watched.read:
-            raise UnsupportedError(
-                f"{self._module_name}: the forward of {type(base).__name__} does not read `{min(unread)}` from itself, so its "
-                "delta would be ignored; take this module out of `target_modules`."
-            )
-        self._proven |= set(composed)
-        return out
-
-
-def wrap(target: nn.Module, module_name: str) -> Linear | Module:
-    """Return the layer that stands in for `target`, a plain module."""
-    plain = type(target).forward in (nn.Linear.forward, Conv1D.forward)
-    return (Linear if plain else Module)(target, module_name)

@@ -38,7 +38,8 @@ def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Te
 class _NoLoadMap:
     """Stands in for a head wrapper's `adapter_state_dict_load_map` while the adapter is on its way into a `PeftModel`.
 
-    PEFT renames the heads before it calls any hook of ours, and breaks off with a bare KeyError where one is missing, leaving
+    PEFT renames the heads before it calls any hook of ours, and breaks off with a bare KeyError where one is
+    missing, leaving
     the half-made adapter behind. With an empty map the heads reach `adopt_state_dict`, which renames them itself.
     """
 
@@ -46,7 +47,9 @@ class _NoLoadMap:
         self.wrapper, self.adapter_name = wrapper, adapter_name
 
     def __call__(self, adapter_name: str) -> dict[str, str]:
-        real: dict[str, str] = type(self.wrapper).adapter_state_dict_load_map(self.wrapper, adapter_name)
+        real: dict[str, str] = type(self.wrapper).adapter_state_dict_load_map(  # type: ignore[no-untyped-call]
+            self.wrapper, adapter_name
+        )
         return {} if adapter_name == self.adapter_name else real
 
 
@@ -68,7 +71,9 @@ def _sealed(name: str, layer: ChildTuningLayer, parameter: str, code: Tensor | N
             return fingerprint(base, torch.zeros(0, dtype=torch.int64))
         child = decode_child(code, shape=tuple(base.shape))
         if child.nnz != values.numel():
-            raise IntegrityError(f"{name}: {values.numel()} values for {child.nnz} kept entries; fetch the file again.")
+            raise IntegrityError(
+                f"{name}: {values.numel()} values for {child.nnz} kept entries; fetch the file again."
+            )
         return fingerprint(base, child.indices())
 
     return Sealed(code, values, compute)
@@ -142,18 +147,27 @@ class PendingLoad:
             FormatError, IntegrityError, BaseMismatchError: the adapter is not sound; it is out of the model again.
         """
         layers = self._layers()
-        seal = next((s for m in layers if (s := m.child_tuning_seal._buffers.get(self.adapter_name)) is not None), None)
+        seal = next(
+            (s for m in layers if (s := m.child_tuning_seal._buffers.get(self.adapter_name)) is not None), None
+        )
         codes = [c for layer in layers for c in layer._code(self.adapter_name)._buffers.values() if c is not None]
         if not any(bool(t.any()) for t in [*codes, *([] if seal is None else [seal])]):
             if may_be_empty:
                 return
             raise SelectionError(
-                f"adapter {self.adapter_name!r} was made from the configuration of a saved one, but its weights were never "
+                f"adapter {self.adapter_name!r} was made from the configuration of a saved one, but its weights "
+                "were never "
                 "loaded; use `PeftModel.from_pretrained`, or set `config.child = None` to start a new adapter."
             )
         try:
             children = {
-                name: _sealed(name, layer, p, layer._code(self.adapter_name)._buffers.get(p), layer._values(self.adapter_name).get(p))
+                name: _sealed(
+                    name,
+                    layer,
+                    p,
+                    layer._code(self.adapter_name)._buffers.get(p),
+                    layer._values(self.adapter_name).get(p),
+                )
                 for name, layer, p in covered_tensors(self.root, self.adapter_name)
             }
             heads = {name: tensor for name, (_, tensor) in head_tensors(self.root, self.adapter_name).items()}
@@ -176,6 +190,10 @@ def begin_load(
     """Mark an adapter as one whose weights are on their way.
 
     Args:
+        root: the base model, with the adapter's layers in it.
+        adapter_name: of the adapter.
+        peft_config: the model's table of configurations.
+        trainable: what `requires_grad` was before the adapter was injected.
         sized: its places exist already; the seal's is made then.
         by_peft_model: a `PeftModel` is loading it, not transformers' or somebody's direct injection.
     """
@@ -207,13 +225,16 @@ def adopt_state_dict(
 
     Args:
         model: a `PeftModel`, or a base model with injected layers.
+        config: the adapter's.
+        adapter_name: of the adapter.
         state_dict: keys without the adapter's name, as in the file; heads under those keys or under the model's own.
 
     Returns:
         `state_dict` without the seal, deltas in float32.
 
     Raises:
-        FormatError, IntegrityError, BaseMismatchError: before anything changed; a new adapter is out of the model again.
+        FormatError, IntegrityError, BaseMismatchError: before anything changed; a new adapter is out of the model
+        again.
     """
     layers = layers_of(model, adapter_name)
     pending = next((layer._pending[adapter_name] for layer in layers.values() if adapter_name in layer._pending), None)
@@ -233,21 +254,30 @@ def adopt_state_dict(
         }
         if left:
             raise IntegrityError(
-                f"{min(left)}: matches nothing in this model; the adapter was made for another base model or other target_modules."
+                f"{min(left)}: matches nothing in this model; the adapter was made for another base model or "
+                "other target_modules."
             )
         if len(seals) != 1:
-            raise IntegrityError(f"{len(seals)} seals instead of one; the weights file is incomplete: save or fetch it again.")
+            raise IntegrityError(
+                f"{len(seals)} seals instead of one; the weights file is incomplete: save or fetch it again."
+            )
         for name, (_, _, code, values) in arrived.items():
             if (code is None) != (values is None):
                 missing = "code" if code is None else "values"
                 raise IntegrityError(f"{name}: its child_tuning_{missing} is missing; save or fetch the file again.")
-            if config.child is not None and (0 if values is None else values.numel()) != (config.child.get(name) or [0])[0]:
+            if (
+                config.child is not None
+                and (0 if values is None else values.numel()) != (config.child.get(name) or [0])[0]
+            ):
                 raise IntegrityError(
-                    f"{name}: adapter_config.json and the weights file list different numbers of kept entries; the two do not "
+                    f"{name}: adapter_config.json and the weights file list different numbers of kept entries; "
+                    "the two do not "
                     "belong together."
                 )
         if absent := [name for name, key in heads.items() if key not in state_dict]:
-            raise IntegrityError(f"{absent[0]}: is not in the weights file; the file is incomplete: save or fetch it again.")
+            raise IntegrityError(
+                f"{absent[0]}: is not in the weights file; the file is incomplete: save or fetch it again."
+            )
         children = {n: _sealed(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
         verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
     except BaseException:
@@ -257,7 +287,9 @@ def adopt_state_dict(
     _shape_after(arrived, adapter_name, config)
     if pending is not None:
         pending.finish()
-    wide = {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in ours.items() if "child_tuning_seal" not in k}
+    wide = {
+        k: v.to(torch.float32) if v.is_floating_point() else v for k, v in ours.items() if "child_tuning_seal" not in k
+    }
     return {**rest, **wide}
 
 

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, UnsupportedError
 from .config import ChildTuningConfig
 from .install import install_children, prepare_places
-from .layer import ChildTuningLayer, wrap
+from .layer import ChildTuningLayer
 from .loading import adopt_state_dict, begin_load, remove_adapter
+from .modules import wrap
 from .registration import PREFIX
 from .saving import adapter_state_dict
 from .selection import data_free_children
@@ -47,7 +47,7 @@ class ChildTuningModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = ChildTuningLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # targets are found by structure, not by model type
+    target_module_mapping: dict[str, list[str]] = {}  # targets are found by structure, not by model type
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # `PeftModel` hands over a table of configurations, direct injection (transformers, diffusers) a single one
@@ -119,7 +119,8 @@ class ChildTuningModel(BaseTuner):
         kept = {name for name in targets if is_wanted(name)}
         if not kept:
             raise TargetError(
-                f"layers_to_transform={wanted!r} (layers_pattern={config.layers_pattern!r}) names none of the {len(blocks)} blocks, "
+                f"layers_to_transform={wanted!r} (layers_pattern={config.layers_pattern!r}) names none of the "
+                f"{len(blocks)} blocks, "
                 f"{blocks[0]} to {blocks[-1]}. Please specify `target_modules` in `peft_config`, or other layers."
             )
         return kept
@@ -132,7 +133,8 @@ class ChildTuningModel(BaseTuner):
         absent = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
         if absent and len(absent) < len(config.target_modules):  # PEFT has a good message for "none at all"
             raise TargetError(
-                f"target_modules: {', '.join(map(repr, sorted(absent)))} match no module of {type(model).__name__}; remove or "
+                f"target_modules: {', '.join(map(repr, sorted(absent)))} match no module of "
+                f"{type(model).__name__}; remove or "
                 "correct them."
             )
 
@@ -144,7 +146,13 @@ class ChildTuningModel(BaseTuner):
                 target_modules={key.rpartition(".")[2]} if peft_config.layers_to_transform is not None else {key},
                 **{
                     name: getattr(peft_config, name)
-                    for name in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters")
+                    for name in (
+                        "exclude_modules",
+                        "modules_to_save",
+                        "layers_to_transform",
+                        "layers_pattern",
+                        "target_parameters",
+                    )
                 },
             )
         return check_target_module_exists(peft_config, key)
@@ -164,7 +172,8 @@ class ChildTuningModel(BaseTuner):
             return
         if isinstance(target, BaseTunerLayer):
             raise UnsupportedError(
-                f"{current_key}: is adapted by {type(target).__module__} already; merge or unload that adapter first, or adapt "
+                f"{current_key}: is adapted by {type(target).__module__} already; merge or unload that adapter "
+                "first, or adapt "
                 "other modules."
             )
         if (reason := unsupported_reason(target, parent)) is not None:
@@ -181,7 +190,9 @@ class ChildTuningModel(BaseTuner):
                         module._modules[name] = layer
         self._replace_module(parent, target_name, layer, target)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override]  # annotated as returning nothing in PEFT
+        self, *args: Any, **kwargs: Any
+    ) -> nn.Module:
         unloaded: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for module in list(unloaded.modules()):  # the further places of shared modules
             for name, child in list(module._modules.items()):
@@ -208,7 +219,8 @@ class ChildTuningModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise UnsupportedError(
-                "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run each part on its own."
+                "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run "
+                "each part on its own."
             )
         yield
 
@@ -228,4 +240,4 @@ class ChildTuningModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         sound = adopt_state_dict(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, sound)  # type: ignore[no-any-return]
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, sound)

@@ -35,6 +35,9 @@ def adapter_state_dict(
     The configuration is told the sizes, so that PEFT's next step, saving it, writes them down.
 
     Args:
+        model: a `PeftModel`, or a base model with injected layers.
+        config: the adapter's.
+        adapter_name: of the adapter.
         state_dict: the model's, possibly gathered from shards; base weights in it are preferred to the model's own.
 
     Raises:
@@ -51,9 +54,13 @@ def adapter_state_dict(
             base = state_dict.get(f"{path}.base_layer.{parameter}")
             code, values = torch.zeros(0, dtype=torch.uint8), torch.zeros(0)
             if layer._values(adapter_name).get(parameter) is not None:
-                code_key, values_key = (f"{path}.child_tuning_{kind}.{adapter_name}.{parameter}" for kind in ("code", "values"))
+                code_key, values_key = (
+                    f"{path}.child_tuning_{kind}.{adapter_name}.{parameter}" for kind in ("code", "values")
+                )
                 if values_key not in state_dict:
-                    raise SelectionError(f"{name}: the state dict to be saved lacks {values_key}; pass the model's whole state dict.")
+                    raise SelectionError(
+                        f"{name}: the state dict to be saved lacks {values_key}; pass the model's whole state dict."
+                    )
                 code = state_dict.get(code_key, layer._code(adapter_name).get(parameter))
                 values = state_dict[values_key].detach()
                 if config.save_dtype is not None:

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DeltaError, SelectionError, TargetError
+from ..errors import ConfigError, SelectionError, TargetError
 from ..network import ChildNetwork
 from ..scores import magnitude_scores, score_parameters
 from ..sparse import ResampledUnits, SparseDelta, TensorChild, UnitGrid, select_children, select_random_children
@@ -36,11 +36,14 @@ def _config_of(model: nn.Module, adapter_name: str) -> ChildTuningConfig:
     if not isinstance(configs, Mapping) or adapter_name not in configs:
         known = f"it has {sorted(configs)}" if isinstance(configs, Mapping) else "it has none"
         raise SelectionError(
-            f"the model has no adapter {adapter_name!r} ({known}); wrap it first: get_peft_model(base, ChildTuningConfig(...))."
+            f"the model has no adapter {adapter_name!r} ({known}); wrap it first: get_peft_model(base, "
+            "ChildTuningConfig(...))."
         )
     config = configs[adapter_name]
     if not isinstance(config, ChildTuningConfig):
-        raise ConfigError(f"adapter {adapter_name!r} is a {type(config).__name__}, not a ChildTuningConfig; it has no child network.")
+        raise ConfigError(
+            f"adapter {adapter_name!r} is a {type(config).__name__}, not a ChildTuningConfig; it has no child network."
+        )
     return config
 
 
@@ -55,7 +58,8 @@ def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     for name, parameter in found.items():
         if parameter.is_meta or type(parameter.data).__name__ == "DTensor" or parameter.numel() == 0:
             raise TargetError(
-                f"{name}: the base weight is on the meta device or sharded, so it cannot be scored; choose the child on the "
+                f"{name}: the base weight is on the meta device or sharded, so it cannot be scored; choose the "
+                "child on the "
                 "whole model first and pass it here: select_child_network(model, network=ChildNetwork.load(path))."
             )
     return found
@@ -66,7 +70,8 @@ def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningC
     grids = grids_of(model, adapter_name, config)
     if config.mode == "task_free" and config.resample:
         logger.warning(
-            "resample=True trains every covered weight, a new random %g of them at each step: the saved delta is dense, %d values "
+            "resample=True trains every covered weight, a new random %g of them at each step: the saved delta is "
+            "dense, %d values "
             "long. For a small file keep one random child (resample=False) or choose one by data.",
             config.density,
             sum(grid.numel for grid in grids.values()),
@@ -93,7 +98,8 @@ def _check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningCon
         values = layer._values(adapter_name).get(parameter)
         if values is not None and bool(values.detach().any()):
             raise SelectionError(
-                f"{name}: adapter {adapter_name!r} has been trained already, and another child would throw its delta away; merge it "
+                f"{name}: adapter {adapter_name!r} has been trained already, and another child would throw its "
+                "delta away; merge it "
                 "(`merge_and_unload`), delete it, or select for a new adapter."
             )
 
@@ -141,7 +147,8 @@ def select_child_network(
         The child network, with one entry per covered base tensor.
 
     Raises:
-        SelectionError: no such adapter, no dataloader where one is needed, or an adapter that is merged or trained already.
+        SelectionError: no such adapter, no dataloader where one is needed, or an adapter that is merged or trained
+        already.
         ScoreError: the data give no finite loss or score.
         BudgetError: the density keeps nothing.
         DeltaError: `network` does not fit the model.
@@ -164,7 +171,9 @@ def select_child_network(
     record: dict[str, Any] = {"torch_seed": torch.initial_seed()}
     if network is not None:
         if dataloader is not None:
-            raise ConfigError("network: a given child is used as it is; pass either a dataloader or a network, not both.")
+            raise ConfigError(
+                "network: a given child is used as it is; pass either a dataloader or a network, not both."
+            )
         network = network if isinstance(network, ChildNetwork) else ChildNetwork.load(network)
         children: Mapping[str, TensorChild] = network.children
         record["source"] = "given"
@@ -174,7 +183,8 @@ def select_child_network(
     else:
         if dataloader is None:
             raise SelectionError(
-                f'score="{config.score}" looks at data: call select_child_network(model, dataloader); "magnitude" and "random" do not.'
+                f'score="{config.score}" looks at data: call select_child_network(model, dataloader); "magnitude" '
+                'and "random" do not.'
             )
         with _Disabled(model):
             result = score_parameters(
@@ -261,6 +271,7 @@ def selection_report(model: nn.Module, adapter_name: str = "default") -> str:
         width = max(map(len, table))
         lines.append(f"{title:<{width}}  share of child  density")
         lines += [
-            f"{key:<{width}}  {kept / max(1, network.nnz):>14.1%}  {kept / numel:>7.2%}" for key, (kept, numel) in table.items()
+            f"{key:<{width}}  {kept / max(1, network.nnz):>14.1%}  {kept / numel:>7.2%}"
+            for key, (kept, numel) in table.items()
         ]
     return "\n".join(lines)

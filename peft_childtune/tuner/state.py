@@ -1,4 +1,4 @@
-"""What one adapter holds on one layer: deltas as parameters, the coded child as buffers, and the decoded child as a cache."""
+"""What one adapter holds on one layer: deltas as parameters, the coded child as buffers, the decoded one cached."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class _Decoded:
 class ChildCode(nn.Module):
     """The child of one adapter on one layer, in the coded form that is saved: the file is the runtime state.
 
-    Loaders that know nothing of this library fill buffers, so nothing can be lost on the way; the decoded form is made on
+    Loaders that know nothing of this library fill buffers, so nothing can be lost on the way; the decoded form is
+    made on
     first use, and again whenever a buffer was exchanged.
     """
 
@@ -45,7 +46,7 @@ class ChildCode(nn.Module):
     def get(self, parameter: str) -> Tensor:
         """Return the coded child of one base parameter, uint8."""
         code = self._buffers[parameter]
-        assert code is not None  # noqa: S101  # registered together with the values
+        assert code is not None  # registered together with the values
         return code
 
     def set_child(self, parameter: str, code: Tensor) -> None:
@@ -67,7 +68,9 @@ class ChildCode(nn.Module):
         entry = self._decoded.get(parameter)
         if entry is None or entry.code is not code:
             if code.device.type == "meta":
-                raise IntegrityError(f"{name}: the child is on the meta device: its adapter's weights were never loaded.")
+                raise IntegrityError(
+                    f"{name}: the child is on the meta device: its adapter's weights were never loaded."
+                )
             try:
                 entry = _Decoded(code, decode_child(code.cpu(), shape=shape))
             except ValueError as error:

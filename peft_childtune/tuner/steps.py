@@ -15,7 +15,8 @@ from .state import ChildCode
 
 __all__ = ["count_steps"]
 
-# The parameters whose steps count, and where. Filled in the forward: parameters are exchanged by `.to`, by sharding, by copies.
+# The parameters whose steps count, and where. Filled in the forward: parameters are exchanged by `.to`, by sharding,
+# by copies.
 _COUNTED: Any = WeakTensorKeyDictionary()
 _HOOK: list[Any] = []
 
@@ -29,7 +30,8 @@ def count_steps(values: nn.Parameter, code: ChildCode, parameter: str) -> None:
 
 @torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # A gradient scaler that found an overflow calls no step at all, except for fused optimizers: those step, and skip inside.
+    # A gradient scaler that found an overflow calls no step at all, except for fused optimizers: those step, and
+    # skip inside.
     skipped: Tensor | None = getattr(optimizer, "found_inf", None)
     for group in optimizer.param_groups:
         for values in group["params"]:

@@ -18,7 +18,14 @@ logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Their forward reads the weights of these children itself, so a wrapped child would be passed by without a word.
 _READS_CHILD_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_MAMBA_CLASSES = ("MambaMixer", "Mamba2Mixer", "FalconMambaMixer", "FalconH1Mixer", "NemotronHMamba2Mixer", "JambaMambaMixer")
+_MAMBA_CLASSES = (
+    "MambaMixer",
+    "Mamba2Mixer",
+    "FalconMambaMixer",
+    "FalconH1Mixer",
+    "NemotronHMamba2Mixer",
+    "JambaMambaMixer",
+)
 
 
 def covered_names(module: nn.Module) -> list[str]:
@@ -34,11 +41,11 @@ def unsupported_reason(module: nn.Module, parent: nn.Module | None = None) -> st
     for name in own:
         dtype = module._parameters[name].dtype  # type: ignore[union-attr]
         if dtype not in _DTYPES:
-            return f"stores `{name}` as {dtype}; a delta needs float32, bfloat16 or float16 weights, so load the base unquantised"
+            return f"stores `{name}` as {dtype}; a delta needs a floating-point weight, so load the base unquantised"
     if any(n.endswith(("_g", "_v", "_orig")) and n.rpartition("_")[0] not in own for n in own) or hasattr(
         module, "parametrizations"
     ):
-        return "computes its weight from a parametrisation; remove it first (torch.nn.utils.parametrize.remove_parametrizations)"
+        return "computes its weight from a parametrisation; remove that first (remove_parametrizations)"
     if isinstance(module, nn.RNNBase):
         return "hands its weights to one fused call over all time steps; adapt other modules"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
@@ -127,7 +134,8 @@ def default_targets(model: nn.Module) -> list[str]:
                 left_out[name] = reason
     if not targets:
         raise TargetError(
-            f"{type(model).__name__} has no repeated blocks in which to look for weights. Please specify `target_modules` in "
+            f"{type(model).__name__} has no repeated blocks in which to look for weights. Please specify "
+            "`target_modules` in "
             '`peft_config`, for example target_modules="all-linear".'
         )
     for name, reason in list(left_out.items())[:5]:

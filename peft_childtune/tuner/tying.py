@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import TargetError
-from .layer import ChildTuningLayer, wrap
+from .layer import ChildTuningLayer
+from .modules import wrap
 from .targets import covered_names, unsupported_reason
 
 __all__ = ["tie_layers"]
@@ -24,7 +25,8 @@ def _parents(model: nn.Module, target: nn.Module) -> list[tuple[nn.Module, str]]
 def tie_layers(model: nn.Module, adapter_name: str) -> None:
     """Let every module that shares a covered parameter use the one child of it.
 
-    A module that was not a target, such as an output head tied to targeted embeddings, is wrapped too: merging writes into
+    A module that was not a target, such as an output head tied to targeted embeddings, is wrapped too: merging
+    writes into
     the shared storage, so otherwise merged and unmerged models would differ.
 
     Raises:
@@ -49,11 +51,11 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
         parents = _parents(model, module)
         if not parents or (reason := unsupported_reason(module, parents[0][0])) is not None:
             reason = "is the model itself" if not parents else reason
-            leader, name = leaders[id(module._parameters[shared[0]])]
-            raise TargetError(f"{path}: shares `{shared[0]}` with {leader.full_name(name)}, but {reason}.")
+            owner, name = leaders[id(module._parameters[shared[0]])]
+            raise TargetError(f"{path}: shares `{shared[0]}` with {owner.full_name(name)}, but {reason}.")
         follower = wrap(module, path)
         follower._active_adapter = next(iter(layers)).active_adapters
         follower._tied = {name: leaders[id(module._parameters[name])] for name in shared}
         follower.train(module.training)
-        for parent, name in parents:
-            parent._modules[name] = follower
+        for parent, slot in parents:
+            parent._modules[slot] = follower

@@ -1,0 +1,105 @@
+"""The layers that stand in for adapted modules: what their forward computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedError
+from ..kernels import child_linear, compose_parameter
+from .layer import ChildTuningLayer
+from .targets import covered_names
+
+__all__ = ["Linear", "Module", "wrap"]
+
+
+class Linear(ChildTuningLayer, nn.Module):
+    """An adapted `nn.Linear` or GPT-2 `Conv1D`: composes, multiplies, and keeps nothing of the weight's size."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        super().__init__()
+        self._set_up(base_layer, module_name)
+        self._transposed = isinstance(self.get_base_layer(), Conv1D)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
+        self._refuse_adapter_names(kwargs)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        adapters = [] if self.merged else self._working_adapters()
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        base = self.get_base_layer()
+        edits, bias_edits = self._edits("weight", adapters), []
+        weight, bias = base.weight, base.bias
+        if bias is not None and (bias_edits := self._edits("bias", adapters)):
+            bias = compose_parameter(bias, bias_edits)  # type: ignore[arg-type]
+        if not edits:
+            if not bias_edits:
+                return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            if not self._transposed:
+                return F.linear(x, weight, bias)  # type: ignore[arg-type]
+        return child_linear(x, weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
+
+
+class _Watched(dict[str, Any]):
+    """Parameters that remember which of them were read."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+class Module(ChildTuningLayer, nn.Module):
+    """Any other adapted module, a norm, a convolution, an embedding: its own forward runs over composed weights."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        super().__init__()
+        self._set_up(base_layer, module_name)
+        self._proven: set[str] = set()  # parameters that the forward was seen to read
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
+        self._refuse_adapter_names(kwargs)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        adapters = [] if self.merged else self._working_adapters()
+        base = self.get_base_layer()
+        composed = {}
+        for name in covered_names(base) if adapters else ():
+            if edits := self._edits(name, adapters):
+                composed[name] = compose_parameter(self.base_parameter(name), edits)
+        if not composed:
+            return self.base_layer(*args, **kwargs)
+        # A shallow copy with other parameters: the base module itself is never touched, and its class's own forward
+        # runs,
+        # so that merged and unmerged outputs agree in every bit.
+        stand_in = copy.copy(base)
+        parameters = {**base._parameters, **composed}
+        stand_in.__dict__["_parameters"] = parameters
+        if self._proven.issuperset(composed):
+            return type(base).forward(stand_in, *args, **kwargs)
+        stand_in.__dict__["_parameters"] = watched = _Watched(parameters)
+        out = type(base).forward(stand_in, *args, **kwargs)
+        if unread := set(composed) - watched.read:
+            raise UnsupportedError(
+                f"{self._module_name}: the forward of {type(base).__name__} does not read `{min(unread)}` from "
+                "itself, so its "
+                "delta would be ignored; take this module out of `target_modules`."
+            )
+        self._proven |= set(composed)
+        return out
+
+
+def wrap(target: nn.Module, module_name: str) -> Linear | Module:
+    """Return the layer that stands in for `target`, a plain module."""
+    plain = type(target).forward in (nn.Linear.forward, Conv1D.forward)
+    return (Linear if plain else Module)(target, module_name)
