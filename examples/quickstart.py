@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -84,6 +85,10 @@ class Job:
         model: nn.Module = AutoModelForSequenceClassification.from_pretrained(self.model, num_labels=self.num_labels)
         return model.to(device())
 
+    def folder(self, method: str) -> Path:
+        """Return where a method's file goes."""
+        return self.out / re.sub(r"\W+", "-", method).strip("-")
+
     def loader(self, records: Sequence[Record], batch_size: int = 32) -> DataLoader[Any]:
         """Return batches of rows of similar length."""
         return DataLoader(by_length(records), batch_size=batch_size, collate_fn=self.collate)
@@ -118,12 +123,13 @@ def accuracy(logits: Tensor, job: Job) -> float:
 
 
 def train(job: Job, method: str, *, wrap: Wrap, learning_rate: float) -> tuple[Result, nn.Module]:
-    """Wrap a fresh base, train it, test it and save it under `job.out / method`."""
+    """Wrap a fresh base, train it, test it and save it."""
+    folder = job.folder(method)
     base = job.base()
     start = time.perf_counter()
     model = wrap(base)
     arguments = TrainingArguments(
-        output_dir=str(job.out / "trainer"),
+        output_dir=str(folder),
         learning_rate=learning_rate,
         num_train_epochs=job.epochs,
         per_device_train_batch_size=job.batch_size,
@@ -143,7 +149,6 @@ def train(job: Job, method: str, *, wrap: Wrap, learning_rate: float) -> tuple[R
     trainer.train()
     seconds = time.perf_counter() - start
     logits = predict(model, job)
-    folder = job.out / method.replace(" ", "-").replace("%", "")
     model.save_pretrained(folder)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = Result(method, accuracy(logits, job), trained, stored_bytes(folder), seconds)
@@ -201,7 +206,7 @@ def linear_probe(job: Job) -> Result:
     seconds = time.perf_counter() - start
     score = probe.score(*pooled_features(encoder, job.loader(job.test)))
     head = probe[-1]
-    folder = job.out / "linear-probe"
+    folder = job.folder("linear probe")
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {"coef": head.coef_, "intercept": head.intercept_, "mean": probe[0].mean_, "scale": probe[0].scale_}
     save_file({name: array.astype(np.float32) for name, array in arrays.items()}, folder / "probe.safetensors")
@@ -251,6 +256,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dataset", default="vader:movieReviewSnippets", help="see `load_rows` in data.py: pinned, local file or hub"
     )
+    p.add_argument("--subset", help="the configuration of a hub dataset, such as `sst2` of `nyu-mll/glue`")
     p.add_argument("--text-column", default="text")
     p.add_argument("--label-column", default="label")
     p.add_argument("--train-rows", type=int, default=500)
@@ -266,7 +272,9 @@ def parser() -> argparse.ArgumentParser:
 def make_job(args: argparse.Namespace, out: Path) -> Job:
     """Fetch the model and the rows that the command line names."""
     model = args.model or str(assets.encoder_dir())
-    parts = load_rows(args.dataset, text_columns=[args.text_column], label_column=args.label_column)
+    parts = load_rows(
+        args.dataset, text_columns=[args.text_column], label_column=args.label_column, subset=args.subset
+    )
     train_rows, test_rows = train_test(parts, train=args.train_rows, test=args.test_rows)
     tokenizer = AutoTokenizer.from_pretrained(model)
     return Job(
@@ -301,7 +309,7 @@ def compare(job: Job) -> tuple[list[Result], bool]:
 
     set_seed(job.seed + 1)  # another random head, so that nothing but the file can make the predictions equal
     fresh = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=job.num_labels)
-    reloaded = PeftModel.from_pretrained(fresh, job.out / "Child-Tuning-D-2-").to(device())
+    reloaded = PeftModel.from_pretrained(fresh, job.folder("Child-Tuning-D 2 %")).to(device())
     return results, torch.equal(predict(reloaded, job), logits)
 
 

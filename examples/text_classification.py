@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     data = p.add_argument_group("data")
     data.add_argument("--task", choices=sorted(GLUE_COLUMNS), help="a GLUE task; or give --dataset")
     data.add_argument("--dataset", help="see `load_rows` in data.py; default: vader:movieReviewSnippets")
+    data.add_argument("--subset", help="the configuration of a hub dataset")
     data.add_argument("--text-columns", nargs="+", default=["text"], help="one column, or two for sentence pairs")
     data.add_argument("--label-column", default="label")
     data.add_argument("--train-rows", type=int, default=None, help="default: all")
@@ -118,10 +119,10 @@ def learning_rate(args: argparse.Namespace, config: ChildTuningConfig) -> float:
 def load_task(args: argparse.Namespace) -> tuple[Rows, Rows]:
     """Return train and test rows; the test rows of a GLUE task are its validation split."""
     if args.task:
-        parts = load_rows("glue", subset=args.task, text_columns=GLUE_COLUMNS[args.task], label_column="label")
+        parts = load_rows("nyu-mll/glue", subset=args.task, text_columns=GLUE_COLUMNS[args.task], label_column="label")
     else:
         name = args.dataset or "vader:movieReviewSnippets"
-        parts = load_rows(name, text_columns=args.text_columns, label_column=args.label_column)
+        parts = load_rows(name, text_columns=args.text_columns, label_column=args.label_column, subset=args.subset)
     return train_test(parts, train=args.train_rows, test=args.test_rows)
 
 

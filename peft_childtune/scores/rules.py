@@ -28,7 +28,6 @@ def is_plain_embedding(module: nn.Module) -> bool:
         type(module).forward is nn.Embedding.forward
         and isinstance(module, nn.Embedding)
         and not module.scale_grad_by_freq
-        and module.max_norm is None
     )
 
 

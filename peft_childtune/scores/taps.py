@@ -44,7 +44,6 @@ class Taps:
         self.uses: list[Use] = []
         self.anchor = torch.zeros((), requires_grad=True)
         self.on_gradient: Callable[[Use], None] = lambda use: None
-        self._records = True
 
     def backward(self, loss: Tensor, *, scale: float) -> None:
         """Send the gradient of `scale * loss` through the model, past every tap.
@@ -57,31 +56,31 @@ class Taps:
                 raise CannotSplit(f"an input of {use.owner.path} was changed in place after its call")
         if not loss.requires_grad:
             raise CannotSplit("the loss depends on no module that holds a scored parameter")
-        self._records = False  # what checkpointing calls again belongs to the same uses
         torch.autograd.grad(loss, [self.anchor], grad_outputs=torch.full_like(loss, scale), allow_unused=True)
 
-    def hook(self, owner: Owner) -> Callable[..., Tensor]:
+    def hook(self, owner: Owner) -> Callable[..., Any]:
         """Return the forward hook of one owner."""
 
-        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return output  # a part of the model that no gradient reaches
             if not isinstance(output, Tensor):
                 raise CannotSplit(f"{owner.path} returns a {type(output).__name__}")
-            if not torch.is_grad_enabled():
-                raise CannotSplit(f"{owner.path} runs without gradients")
             shape = tuple(output.shape)
             if shape[:1] == (1,) and is_plain_embedding(module):
                 # position embeddings: computed once, added to every example; from here on each has its own copy
-                args = tuple(arg.expand(self.size, *arg.shape[1:]) for arg in args)
+                (tokens,) = (*args, *kwargs.values())
+                args, kwargs = (tokens.expand(self.size, *tokens.shape[1:]),), {}
                 output = output.expand(self.size, *shape[1:])
             elif shape[:1] != (self.size,):
                 raise CannotSplit(f"the output of {owner.path} has shape {shape}, not {self.size} examples first")
             tapped: Tensor = output
             if not output.requires_grad:
                 tapped = _Root.apply(output, self.anchor)  # type: ignore[no-untyped-call]
-            if self._records:
-                use = Use(owner, _detached(args), {key: _detached(value) for key, value in kwargs.items()}, self.size)
-                self.uses.append(use)
-                tapped.register_hook(lambda grad: self._receive(use, grad))  # type: ignore[no-untyped-call]
+            # checkpointing calls a module again during the backward pass: no gradient arrives at these uses
+            use = Use(owner, _detached(args), {key: _detached(value) for key, value in kwargs.items()}, self.size)
+            self.uses.append(use)
+            tapped.register_hook(lambda grad: self._receive(use, grad))  # type: ignore[no-untyped-call]
             return tapped
 
         return listen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 from data import Rows, by_length, load_rows, tokenize, train_test
 from transformers import AutoTokenizer
@@ -46,6 +47,22 @@ def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n")
     with pytest.raises(ValueError, match="no rows"):
         load(tmp_path / "a.csv")
+
+
+def hub(monkeypatch, **splits):
+    parts = {name: datasets.Dataset.from_dict(columns) for name, columns in splits.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: datasets.DatasetDict(parts))
+
+
+def test_validation_rows_stand_in_for_a_test_split_without_labels(monkeypatch):
+    train, validation = {"text": ["a", "b"], "label": [0, 1]}, {"text": ["c"], "label": [1]}
+    hub(monkeypatch, train=train, validation=validation, test={"text": ["d"], "label": [-1]})
+    assert load("some/set") == [Rows([("a",), ("b",)], [0, 1]), Rows([("c",)], [1])]
+
+
+def test_a_hub_set_without_held_out_labels_is_one_part(monkeypatch):
+    hub(monkeypatch, train={"text": ["a", "b"], "label": ["x", "y"], "more": [1, 2]})
+    assert load("some/set") == [Rows([("a",), ("b",)], [0, 1])]
 
 
 def test_train_and_test_never_overlap():

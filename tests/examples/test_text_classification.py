@@ -80,3 +80,10 @@ def test_two_seeds_are_trained_and_each_saved_adapter_loads(encoder, table_file,
     for seed in (0, 1):
         model = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / f"seed-{seed}")
         assert model.peft_config["default"].density == 0.05
+
+
+def test_a_child_learns_what_decides_the_label(encoder, table_file, tmp_path, capsys):
+    line = f"--model {encoder} --dataset {table_file} --test-rows 24 --batch-size 4 --epochs 15 --learning-rate 0.003"
+    text_classification.main([*line.split(), "--output", str(tmp_path)])
+    accuracy = float(capsys.readouterr().out.split('"accuracy": ')[1].split(",")[0])
+    assert accuracy >= 0.75  # guessing gets one half

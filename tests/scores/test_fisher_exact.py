@@ -139,6 +139,17 @@ class Pooled(nn.Module):
         return self.head(torch.tanh(self.embedding(ids)).mean(1))
 
 
+class Positions(nn.Module):
+    """Adds one embedding of positions, made for a batch of one and passed by name, to all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x + self.positions(input=torch.arange(x.shape[1])[None])).mean(1))
+
+
 class SequenceFirst(nn.Module):
     """A linear layer that sees (time, batch, features)."""
 
@@ -231,6 +242,11 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], bool]] 
         True,
     ),
     "sparse embedding": (lambda: Pooled(nn.Embedding(10, 8, sparse=True)), lambda: id_batches((4, 5)), True),
+    "positions shared by all examples": (
+        Positions,
+        lambda: labelled(torch.randn(4, 5, 6), torch.randn(3, 7, 6)),
+        True,
+    ),
     "sequence first": (SequenceFirst, lambda: labelled(torch.randn(4, 5, 6), torch.randn(3, 5, 6)), False),
     "sequence first, as long as the batch": (SequenceFirst, lambda: labelled(torch.randn(4, 4, 6)), False),
     "one layer used twice": (TwiceUsed, lambda: labelled(torch.randn(4, 6), torch.randn(3, 6)), True),
@@ -299,6 +315,63 @@ def test_a_half_precision_model_is_scored_in_one_pass_close_to_its_loop(dtype, l
     # a batch of one is rounded differently: some percent in bfloat16 with its 8 bits
     assert relative_error(result.scores, {name: expected[name] for name in names}) < 16 * torch.finfo(dtype).eps
     assert not went_one_by_one(caplog)
+
+
+def test_hooks_that_change_outputs_are_part_of_the_model(loop_fisher, caplog):
+    model, batches = TwiceUsed(), labelled(torch.randn(4, 6), torch.randn(3, 6))
+    model.shared.register_forward_hook(lambda module, args, output: output * 2)
+    expected = loop_fisher(model, batches, classify)
+    with caplog.at_level(logging.INFO, logger="peft_childtune"):
+        result = score_parameters(
+            model, dict(model.named_parameters()), batches, loss_fn=classify, show_progress=False
+        )
+    assert relative_error(result.scores, expected) < 1e-4
+    assert not went_one_by_one(caplog)
+
+
+def test_a_part_that_runs_without_gradients_scores_zero(loop_fisher, caplog):
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = torch.tanh(self.features(x))
+            return self.head(x)
+
+    model, batches = Probe(), labelled(torch.randn(4, 6), torch.randn(3, 6))
+    expected = loop_fisher(model, batches, classify)
+    with caplog.at_level(logging.INFO, logger="peft_childtune"):
+        result = score_parameters(
+            model, dict(model.named_parameters()), batches, loss_fn=classify, show_progress=False
+        )
+    assert relative_error(result.scores, expected) < 1e-4
+    assert not result.scores["features.weight"].any() and not went_one_by_one(caplog)
+
+
+def test_an_input_that_is_overwritten_later_on_is_not_taken_for_the_one_that_was_used():
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.inner(x) * 2  # autograd keeps nothing of it, with frozen weights
+            logits = self.head(hidden)
+            if bool((x > 5).any()):  # only in a batch that is no longer scored both ways
+                hidden.zero_()
+            return logits
+
+    model, x = Overwrites(), torch.randn(4, 6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # as in training
+        score_parameters(
+            model,
+            dict(model.named_parameters()),
+            labelled(x, x + 6),
+            loss_fn=classify,
+            show_progress=False,
+        )
 
 
 def test_one_parameter_under_two_names_is_scored_once_and_returned_twice():

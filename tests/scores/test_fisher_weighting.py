@@ -79,6 +79,14 @@ def test_a_loss_that_is_no_weighted_sum_is_scored_one_by_one(loop_fisher, caplog
     with caplog.at_level(logging.INFO, logger="peft_childtune"):
         assert_equals_loop(model, [batch(2, 5, 8), batch(7, 1)], loop_fisher)
     assert [r.message for r in caplog.records if "example by example" in r.message and "batch 0 differs" in r.message]
+    assert model.calls == 3 + 4 + 2  # all weightings are tried once, on the first batch
+
+
+def test_a_weighting_that_is_nearly_right_is_dropped_for_the_one_that_is(loop_fisher):
+    model = Tagger("tokens")
+    assert_equals_loop(model, [batch(4000, 3999, length=4000), batch(2, 5, 8)], loop_fisher)
+    # "mean" and "shifted labels" are 2e-4 off on the first batch; kept, they would cost a comparison on the second
+    assert model.calls == 2 + 3 + 1
 
 
 @pytest.mark.parametrize("average", ["tokens", "shifted"])
