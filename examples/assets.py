@@ -9,6 +9,7 @@ its `downloads` folder by hand is checked and used in the same way. Nothing of a
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import io
@@ -21,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -257,7 +258,10 @@ def _without_duplicates(rows: Iterable[tuple[str, int]]) -> Labelled:
     return texts, labels
 
 
-def _main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fetch everything and print what there is."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.parse_args(argv)
     print("encoder", encoder_dir())
     print("SmolLM2", smollm2_dir())
     for load, domains in ((vader, get_args(VaderDomain)), (uci, get_args(UciDomain))):
@@ -269,4 +273,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main()

@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--density", type=float, default=0.01, help="kept fraction of the weights in the blocks")
     p.add_argument("--block", type=int, default=128, help="tokens")
     p.add_argument("--batch-size", type=int, default=4, help="blocks")
-    p.add_argument("--steps", type=int, default=40, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=30, help="optimizer steps")
     p.add_argument("--learning-rate", type=float, default=1e-3)
     p.add_argument(
         "--selection-blocks", type=int, default=32, help="blocks of the training text to choose the child on"

@@ -122,8 +122,8 @@ def accuracy(logits: Tensor, job: Job) -> float:
     return (logits.argmax(dim=-1) == labels).double().mean().item()
 
 
-def train(job: Job, method: str, *, wrap: Wrap, learning_rate: float) -> tuple[Result, nn.Module]:
-    """Wrap a fresh base, train it, test it and save it."""
+def train(job: Job, method: str, *, wrap: Wrap, learning_rate: float) -> tuple[Result, nn.Module, Tensor]:
+    """Wrap a fresh base, train it, test it and save it; return the table's row, the model and the test logits."""
     folder = job.folder(method)
     base = job.base()
     start = time.perf_counter()
@@ -138,6 +138,7 @@ def train(job: Job, method: str, *, wrap: Wrap, learning_rate: float) -> tuple[R
         weight_decay=0.0,
         seed=job.seed,
         bf16=use_bf16(),
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         logging_strategy="no",
@@ -153,7 +154,7 @@ def train(job: Job, method: str, *, wrap: Wrap, learning_rate: float) -> tuple[R
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = Result(method, accuracy(logits, job), trained, stored_bytes(folder), seconds)
     report(result)
-    return result, model
+    return result, model, logits
 
 
 def stored_bytes(folder: Path) -> int:
@@ -294,14 +295,14 @@ def compare(job: Job) -> tuple[list[Result], bool]:
     """Run all seven methods; return the table's rows, and whether the reloaded 2 % child predicts the same bits."""
     results = [linear_probe(job)]
 
-    def run(method: str, wrap: Wrap, learning_rate: float) -> nn.Module:
-        result, model = train(job, method, wrap=wrap, learning_rate=learning_rate)
+    def run(method: str, wrap: Wrap, learning_rate: float) -> tuple[nn.Module, Tensor]:
+        result, model, logits = train(job, method, wrap=wrap, learning_rate=learning_rate)
         results.append(result)
-        return model
+        return model, logits
 
     run("Child-Tuning-D 30 %", child(job, 0.3), 3e-4)
-    small = run("Child-Tuning-D 2 %", child(job, 0.02), 2e-3)
-    logits, network = predict(small, job), get_child_network(small)
+    small, logits = run("Child-Tuning-D 2 %", child(job, 0.02), 2e-3)
+    network = get_child_network(small)
     run("Child-Tuning-F 30 %", task_free(0.3, resample=True, seed=job.seed), 2e-4)
     run("fixed random child 2 %", task_free(0.02, resample=False, seed=job.seed), 3e-3)
     run("LoRA", lora_like(network), 1e-3)

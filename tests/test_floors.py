@@ -66,7 +66,9 @@ def test_nothing_below_the_tuner_imports_the_libraries_it_extends(path):
 @pytest.mark.parametrize("path", [p for p in _FILES if _part(p) in ("sparse", "codec")], ids=_ids)
 def test_the_pure_parts_know_no_modules_and_no_files(path):
     imported = set(_imports(path))
-    assert not {n for n in imported if f"{n}.".startswith(("torch.nn.", "os.", "pathlib.", "io.", "tempfile.", "shutil."))}
+    assert not {
+        n for n in imported if f"{n}.".startswith(("torch.nn.", "os.", "pathlib.", "io.", "tempfile.", "shutil."))
+    }
     called = {
         node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         for node in ast.walk(ast.parse(path.read_text()))
@@ -77,7 +79,16 @@ def test_the_pure_parts_know_no_modules_and_no_files(path):
         for n in ast.walk(ast.parse(path.read_text()))
         if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
     }
-    assert not called & {"open", "read_text", "write_text", "read_bytes", "write_bytes", "memmap", "fromfile", "tofile"}
+    assert not called & {
+        "open",
+        "read_text",
+        "write_text",
+        "read_bytes",
+        "write_bytes",
+        "memmap",
+        "fromfile",
+        "tofile",
+    }
     assert "torch.nn" not in attributes
 
 

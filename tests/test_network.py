@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_childtune import ChildNetwork, DeltaError, FormatError, IntegrityError
+from peft_childtune.codec import encode_child
 from peft_childtune.files import load_tensors, save_tensors
 from peft_childtune.sparse import ResampledUnits, TensorChild, UnitGrid, select_random_children
 
@@ -61,7 +62,9 @@ def test_positions_of_another_type_are_refused(positions):
 
 @given(st.sets(st.integers(0, 19)), st.sets(st.integers(0, 19)))
 def test_overlap_is_the_shared_part_of_the_smaller_child(one, two):
-    networks = [ChildNetwork.from_indices({"w": torch.tensor(sorted(s), dtype=torch.int64)}, {"w": (20,)}) for s in (one, two)]
+    networks = [
+        ChildNetwork.from_indices({"w": torch.tensor(sorted(s), dtype=torch.int64)}, {"w": (20,)}) for s in (one, two)
+    ]
     expected = len(one & two) / min(len(one), len(two)) if one and two else 0.0
     assert networks[0].overlap(networks[1]) == expected
     assert networks[1].overlap(networks[0]) == expected
@@ -91,7 +94,9 @@ def test_the_digest_does_not_depend_on_how_the_positions_are_described():
     seeded = ChildNetwork(select_random_children(grids={"w": UnitGrid((8, 8))}, density=0.25, seed=3))
     listed = ChildNetwork.from_indices(seeded.indices, {"w": (8, 8)})
     rows = ChildNetwork({"w": TensorChild(UnitGrid((8, 8), "row"), torch.tensor([1, 6]))})
-    listed_rows = ChildNetwork.from_indices({"w": torch.cat([torch.arange(8, 16), torch.arange(48, 56)])}, {"w": (8, 8)})
+    listed_rows = ChildNetwork.from_indices(
+        {"w": torch.cat([torch.arange(8, 16), torch.arange(48, 56)])}, {"w": (8, 8)}
+    )
     everything = ChildNetwork({"w": TensorChild(UnitGrid((8, 8)), ResampledUnits(1, 0, 0.3))})
     listed_all = ChildNetwork.from_indices({"w": torch.arange(64)}, {"w": (8, 8)})
     for one, other in [(seeded, listed), (rows, listed_rows), (everything, listed_all)]:
@@ -178,12 +183,42 @@ def _resave(path, change) -> None:
         (lambda t, m: m.pop("digest"), IntegrityError),
         (lambda t, m: m.update(digest="0" * 32), IntegrityError),
     ],
-    ids=["no shapes", "no numbers", "few shapes", "other shape", "negative", "few codes", "floats", "empty", "no digest", "other digest"],
+    ids=[
+        "no shapes",
+        "no numbers",
+        "few shapes",
+        "other shape",
+        "negative",
+        "few codes",
+        "floats",
+        "empty",
+        "no digest",
+        "other digest",
+    ],
 )
 def test_damage_is_refused(tmp_path, change, error):
     _network().save(tmp_path / "f")
     _resave(tmp_path / "f", change)
     with pytest.raises(error):
+        ChildNetwork.load(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("shape", "child"),
+    [
+        ((2, 1 << 45), TensorChild(UnitGrid((2, 1 << 45), "row"), torch.tensor([1]))),
+        ((1 << 45,), TensorChild(UnitGrid((1 << 45,)), ResampledUnits(0, 0, 0.5))),
+    ],
+    ids=["one huge row", "everything"],
+)
+def test_a_small_file_cannot_ask_for_terabytes(tmp_path, shape, child):
+    metadata = {
+        "format": "peft_childtune.child_network.v1",
+        "digest": "0" * 32,
+        "shapes": ",".join(map(str, shape)),
+    }
+    save_tensors({"w": encode_child(child)}, tmp_path / "f", metadata)
+    with pytest.raises(FormatError):
         ChildNetwork.load(tmp_path / "f")
 
 

@@ -142,7 +142,10 @@ def test_two_heads_of_the_same_size_cannot_be_exchanged():
 def test_two_children_of_the_same_size_cannot_be_exchanged():
     base = {"one": torch.ones(5), "two": torch.ones(5)}
     code, indices = torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([0])
-    children = {n: Sealed(code, torch.tensor([v]), partial(fingerprint, base[n], indices)) for n, v in [("one", 1.0), ("two", 2.0)]}
+    children = {
+        n: Sealed(code, torch.tensor([v]), partial(fingerprint, base[n], indices))
+        for n, v in [("one", 1.0), ("two", 2.0)]
+    }
     seal = make_seal(children, {})
     with pytest.raises(IntegrityError):
         verify_seal(seal, {"one": children["two"], "two": children["one"]}, {})

@@ -26,7 +26,9 @@ def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, (count, 8, 32), generator=generator)
     labels = torch.randint(2, (count, 8), generator=generator)
-    return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y} for i, y in zip(ids, labels, strict=True)]
+    return [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y} for i, y in zip(ids, labels, strict=True)
+    ]
 
 
 def bytes_per_weight(model: torch.nn.Module) -> tuple[int, float]:

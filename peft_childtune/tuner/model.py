@@ -18,7 +18,7 @@ from .layer import ChildTuningLayer
 from .loading import adopt_state_dict, begin_load, remove_adapter
 from .modules import wrap
 from .registration import PREFIX
-from .saving import adapter_state_dict
+from .saving import adapter_state_dict, drop_base_weights_
 from .selection import data_free_children
 from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
@@ -233,7 +233,9 @@ class ChildTuningModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        return adapter_state_dict(model, config, adapter_name, state_dict)
+        saved = adapter_state_dict(model, config, adapter_name, state_dict)
+        drop_base_weights_(state_dict, model)
+        return saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -16,7 +16,7 @@ from .install import layers_of
 from .layer import ChildTuningLayer
 from .loading import head_tensors
 
-__all__ = ["adapter_state_dict"]
+__all__ = ["adapter_state_dict", "drop_base_weights_"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,3 +72,13 @@ def adapter_state_dict(
     out[f"{next(iter(layers))}.child_tuning_seal.{adapter_name}"] = make_seal(sealed, heads)
     config.__dict__["_layout"] = layout
     return out
+
+
+def drop_base_weights_(state_dict: dict[str, Tensor], model: nn.Module) -> None:
+    """Remove the base weights of adapted layers from a state dict, in place.
+
+    With embeddings among the targets, PEFT goes on to add the whole base embedding to the file, unsealed.
+    """
+    adapted = tuple(f"{path}.base_layer." for path, m in model.named_modules() if isinstance(m, ChildTuningLayer))
+    for key in [key for key in state_dict if key.startswith(adapted)]:
+        del state_dict[key]

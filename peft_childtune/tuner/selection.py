@@ -165,6 +165,11 @@ def select_child_network(
 
     Source: Child-Tuning-D, Xu et al. 2021 (arXiv:2109.05687), section 3.2.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise SelectionError(
+            "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "
+            "select_child_network before wrapping (before `accelerator.prepare`), on every process with the same data."
+        )
     model = _unwrapped(model)
     config = _config_of(model, adapter_name)
     _check_untrained(model, adapter_name, config)

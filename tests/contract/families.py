@@ -214,6 +214,19 @@ def wrap(base: nn.Module, family: Family, *, adapter_name: str = "default", **op
     return model
 
 
+def config_of(family: Family, **options: Any) -> ChildTuningConfig:
+    """Return the configuration of a random child that needs no data."""
+    return ChildTuningConfig(**({"task_type": family.task_type, "score": "random", "density": 0.2} | options))
+
+
+def with_two_adapters(name: str, **second: Any) -> nn.Module:
+    """Return a model with adapters "one" and "two", of different children and deltas."""
+    family = FAMILIES[name]
+    model = wrap(family.build(), family, adapter_name="one", score="magnitude")
+    model.add_adapter("two", config_of(family, seed=1, **second))
+    return add_noise(add_noise(model, "one", seed=1), "two", seed=2)
+
+
 @torch.no_grad()
 def add_noise(model: nn.Module, adapter_name: str = "default", *, seed: int = 1, scale: float = 0.05) -> nn.Module:
     """Write noise into an adapter's deltas and heads in place, as if it had been trained."""

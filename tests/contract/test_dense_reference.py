@@ -12,9 +12,9 @@ from peft_childtune import get_child_network
 from peft_childtune.sparse import bernoulli_mask
 from tests.contract.families import FAMILIES, train, wrap
 
-# Every weight and delta is fp64 here, so only the order of summation differs (1e-16 relative); in fp32 Adam divides the
-# rounding noise of near-zero gradients (key biases: zero in exact arithmetic) by itself and makes whole steps of it. An eps of
-# 1e-6 keeps that noise, now 1e-17, from being amplified.
+# All weights and deltas are fp64, so only the order of summation differs (1e-16 relative). In fp32 Adam would divide
+# the rounding noise of near-zero gradients (key biases: zero in exact arithmetic) by itself and make steps of it; an
+# eps of 1e-6 keeps that noise, here 1e-17, from being amplified.
 EPS, TOLERANCE = 1e-6, 1e-10
 CHILDREN = {
     "magnitude": {"score": "magnitude"},

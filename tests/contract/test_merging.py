@@ -87,7 +87,7 @@ def test_two_adapters_merge_in_both_orders_as_the_base_composes_them_and_unmerge
 
 
 def with_a_broken_last_delta(name, value):
-    """Return a model of which only the last layer's delta is not finite, so that all others merge before it is found."""
+    """Return a model of which only the last delta is not finite: all other layers merge before it is found."""
     family = FAMILIES[name]
     base = family.build()
     before = snapshot(base)

@@ -48,6 +48,13 @@ def tarred(name: str, content: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def test_help_is_printed_and_nothing_fetched(cache, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        assets.main(["--help"])
+    assert "PEFT_CHILDTUNE_CACHE" in capsys.readouterr().out
+    assert list((cache / "downloads").iterdir()) == []
+
+
 def test_a_file_with_the_pinned_hash_is_taken_from_the_cache(cache, monkeypatch):
     pinned = place(cache, monkeypatch, "GRIMM", b"the right bytes")
     assert assets.fetch(pinned) == cache / "downloads" / pinned.filename

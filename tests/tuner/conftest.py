@@ -1,4 +1,4 @@
-"""Small local models: a toy with two blocks, and tiny transformers of six families."""
+"""Small local models: a toy with two blocks, and tiny transformers of seven families."""
 
 from __future__ import annotations
 
@@ -23,13 +23,21 @@ _FAMILIES: dict[str, Callable[[], nn.Module]] = {
         tf.LlamaConfig(hidden_size=16, num_key_value_heads=1, max_position_embeddings=16, **_TEXT)
     ),
     "t5": lambda: tf.T5ForConditionalGeneration(
-        tf.T5Config(
-            vocab_size=40, d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=24, decoder_start_token_id=0
-        )
+        tf.T5Config(vocab_size=40, d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=24, decoder_start_token_id=0)
     ),
     "vit": lambda: tf.ViTForImageClassification(
         tf.ViTConfig(
-            image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+            image_size=8,
+            patch_size=4,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+        )
+    ),
+    "mixtral": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(
+            hidden_size=16, num_key_value_heads=1, num_local_experts=4, max_position_embeddings=16, **_TEXT
         )
     ),
     "albert": lambda: tf.AlbertForSequenceClassification(
@@ -109,7 +117,8 @@ def bits() -> Callable[[nn.Module], dict[str, bytes]]:
     def photograph(model: nn.Module) -> dict[str, bytes]:
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         return {
-            name: tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in named
+            name: tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            for name, tensor in named
         }
 
     return photograph

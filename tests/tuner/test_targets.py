@@ -57,6 +57,13 @@ _EXPECTED = {
         *(f"attention.{n}_proj" for n in "qkvo"),
         *("layernorm_before", "layernorm_after", "mlp.fc1", "mlp.fc2"),
     ),
+    "mixtral": _names(
+        "model.layers",
+        2,
+        *(f"self_attn.{n}_proj" for n in "qkvo"),
+        *("mlp.gate", "mlp.experts"),  # the experts own three-dimensional weights; all they hold is an activation
+        *("input_layernorm", "post_attention_layernorm"),
+    ),
     "albert": _names(
         "albert.encoder.albert_layer_groups.0.albert_layers",
         1,
@@ -228,7 +235,9 @@ def test_blocks_can_be_numbered_where_their_list_is_at_the_top_of_the_model(toy,
     assert {name.rpartition(".")[0] for name in get_child_network(model).shapes} == _LAST
 
 
-@pytest.mark.parametrize("options", [{"layers_to_transform": [7]}, {"layers_to_transform": [0], "layers_pattern": "h"}])
+@pytest.mark.parametrize(
+    "options", [{"layers_to_transform": [7]}, {"layers_to_transform": [0], "layers_pattern": "h"}]
+)
 def test_blocks_that_do_not_exist_are_refused(toy, options):
     with pytest.raises(TargetError, match="layers_to_transform"):
         get_peft_model(toy(), ChildTuningConfig(score="magnitude", **options))
@@ -255,3 +264,19 @@ def test_half_precision_weights_can_be_adapted_and_complex_ones_cannot():
     layer = nn.Linear(2, 2)
     layer.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
     assert "complex" in unsupported_reason(layer)
+
+
+def test_a_mixture_of_experts_works_with_its_router_and_experts_adapted(family):
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    config = ChildTuningConfig(
+        score="random", density=0.2, init_weights=False, target_modules=["gate", "experts", "q_proj"]
+    )
+    base = family("mixtral")
+    expected = base(input_ids=ids, labels=ids, output_router_logits=True)
+    model = get_peft_model(family("mixtral"), config).eval()
+    out = model(input_ids=ids, labels=ids, output_router_logits=True)
+    assert len(out.router_logits) == len(expected.router_logits) == 2
+    assert not torch.equal(out.logits, expected.logits)
+    merged = model.merge_and_unload()(input_ids=ids, labels=ids, output_router_logits=True)
+    assert torch.equal(merged.logits, out.logits)
+    assert torch.equal(merged.aux_loss, out.aux_loss)
