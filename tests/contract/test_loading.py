@@ -24,7 +24,17 @@ from peft import (
 from safetensors.torch import load_file
 
 from peft_childtune import ChildTuningConfig, get_child_network, get_deltas
-from tests.contract.families import FAMILIES, add_noise, base_state, output, same_bits, snapshot, train, wrap
+from tests.contract.families import (
+    FAMILIES,
+    add_noise,
+    base_state,
+    output,
+    same_bits,
+    snapshot,
+    train,
+    with_two_adapters,
+    wrap,
+)
 
 AUTO_PEFT = {
     "bert": AutoPeftModelForSequenceClassification,
@@ -304,3 +314,36 @@ def test_a_resampled_adapter_resumes_at_the_step_at_which_it_was_saved(tmp_path)
     set_peft_model_state_dict(restarted, load_file(tmp_path / "adapter_model.safetensors"))
     train(restarted, family.batches(), steps=2, **options)
     assert same_bits(output(restarted, family.batch()), output(model, family.batch()))
+
+
+def test_the_state_dict_of_a_wrapped_model_brings_its_child_along():
+    family = FAMILIES["llama"]
+    options = {"score": "random", "scope": "tensor"}  # as many entries in each tensor, whatever the seed
+    first = add_noise(wrap(family.build(), family, seed=1, **options))
+    second = wrap(family.build(), family, seed=2, **options)
+    output(second, family.batch())  # its own child is decoded by now
+    assert get_child_network(first) != get_child_network(second)
+    second.load_state_dict(first.state_dict())
+    assert get_child_network(second) == get_child_network(first)
+    assert same_bits(output(second, family.batch()), output(first, family.batch()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_wrapped_model_moved_to_another_dtype_still_merges_and_unmerges_exactly(dtype):
+    family = FAMILIES["llama"]
+    model = add_noise(wrap(family.build(), family, score="magnitude")).to(dtype)
+    before = {name: tensor.clone() for name, tensor in base_state(model).items()}
+    unmerged = output(model, family.batch())
+    model.merge_adapter()
+    assert same_bits(output(model, family.batch()), unmerged)
+    model.unmerge_adapter()
+    assert all(same_bits(before[name], tensor) for name, tensor in base_state(model).items())
+
+
+def test_a_state_dict_handed_to_save_pretrained_is_left_as_it_was(tmp_path):
+    """A gathered state dict is saved for one adapter after the other, and may be wanted for more."""
+    model = with_two_adapters("gpt2")
+    gathered = model.state_dict()
+    names = set(gathered)
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    assert set(gathered) == names

@@ -11,7 +11,18 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, select_child_network
-from tests.contract.families import FAMILIES, add_noise, base_state, differing, output, same_bits, snapshot, wrap
+from tests.contract.families import (
+    FAMILIES,
+    add_noise,
+    base_state,
+    config_of,
+    differing,
+    output,
+    same_bits,
+    snapshot,
+    train,
+    wrap,
+)
 
 GENERATIVE = ["gpt2", "llama", "t5"]
 
@@ -95,6 +106,32 @@ def test_t5_in_low_precision_agrees_merged_and_unmerged_though_it_asks_for_the_d
     unmerged = output(model, family.batch())
     model.merge_adapter()
     assert same_bits(output(model, family.batch()), unmerged)
+
+
+# ---- adapters without a PeftModel
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_an_adapter_added_in_transformers_trains_saves_and_loads_everywhere(name, tmp_path):
+    family = FAMILIES[name]
+    model = family.build()
+    before = snapshot(model)
+    model.add_adapter(config_of(family, task_type=None, score="fisher"))
+    select_child_network(model, family.batches(), show_progress=False)
+    train(model, family.batches(), steps=3)
+    # no task type, no `modules_to_save`: the head is frozen like the rest of the base
+    assert [n for n, tensor in base_state(model).items() if not same_bits(before[n], tensor)] == []
+    tuned = output(model, family.batch())
+    model.disable_adapters()
+    assert same_bits(output(model, family.batch()), output(family.build(), family.batch()))
+    model.enable_adapters()
+    assert same_bits(output(model, family.batch()), tuned)
+
+    model.save_pretrained(tmp_path)
+    native = family.build()
+    native.load_adapter(str(tmp_path))
+    assert same_bits(output(native, family.batch()), tuned)
+    assert same_bits(output(PeftModel.from_pretrained(family.build(), tmp_path), family.batch()), tuned)
 
 
 # ---- Trainer
