@@ -111,23 +111,30 @@ class PendingLoad:
         root: the base model, with the layers in it.
         peft_config: the model's table of configurations.
         trainable: what `requires_grad` was before, to be put back with a refused adapter.
+        sized: whether its configuration listed what will come; if not, nothing need come, as the child may be a
+        fresh one.
     """
 
     adapter_name: str
     root: nn.Module
     peft_config: dict[str, Any]
     trainable: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    sized: bool = True
 
     def _layers(self) -> list[ChildTuningLayer]:
         return list(layers_of(self.root, self.adapter_name).values())
 
-    def finish(self) -> None:
-        """Accept the adapter."""
+    def _close(self) -> None:
         _lift_load_maps(self.root, self.adapter_name)
         for layer in self._layers():
-            layer._code(self.adapter_name).selected = True
             layer._pending.pop(self.adapter_name, None)
             layer.child_tuning_seal._buffers.pop(self.adapter_name, None)
+
+    def finish(self) -> None:
+        """Accept the adapter."""
+        self._close()
+        for layer in self._layers():
+            layer._code(self.adapter_name).selected = True
 
     def discard(self) -> None:
         """Take everything of the adapter out of the model."""
@@ -150,14 +157,19 @@ class PendingLoad:
         seal = next(
             (s for m in layers if (s := m.child_tuning_seal._buffers.get(self.adapter_name)) is not None), None
         )
-        codes = [c for layer in layers for c in layer._code(self.adapter_name)._buffers.values() if c is not None]
-        if not any(bool(t.any()) for t in [*codes, *([] if seal is None else [seal])]):
+        arrived = [] if seal is None else [seal]
+        if self.sized:  # otherwise a fresh child may stand there, and only the seal tells that something was loaded
+            codes = (layer._code(self.adapter_name)._buffers.values() for layer in layers)
+            arrived += [code for of_layer in codes for code in of_layer if code is not None]
+        if not any(bool(tensor.any()) for tensor in arrived):
             if may_be_empty:
                 return
+            if not self.sized:
+                self._close()
+                return
             raise SelectionError(
-                f"adapter {self.adapter_name!r} was made from the configuration of a saved one, but its weights "
-                "were never "
-                "loaded; use `PeftModel.from_pretrained`, or set `config.child = None` to start a new adapter."
+                f"adapter {self.adapter_name!r} was made from the configuration of a saved one, but its weights were "
+                "never loaded; use `PeftModel.from_pretrained`, or set `config.child = None` to start a new adapter."
             )
         try:
             children = {
@@ -194,10 +206,10 @@ def begin_load(
         adapter_name: of the adapter.
         peft_config: the model's table of configurations.
         trainable: what `requires_grad` was before the adapter was injected.
-        sized: its places exist already; the seal's is made then.
+        sized: the places of its tensors exist already, made after the list in its configuration.
         by_peft_model: a `PeftModel` is loading it, not transformers' or somebody's direct injection.
     """
-    pending = PendingLoad(adapter_name, root, peft_config, trainable)
+    pending = PendingLoad(adapter_name, root, peft_config, trainable, sized)
     layers = pending._layers()
     for layer in layers:
         layer._pending[adapter_name] = pending
@@ -205,7 +217,7 @@ def begin_load(
         for module in root.modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 module.__dict__["adapter_state_dict_load_map"] = _NoLoadMap(module, adapter_name)
-    if sized and layers:
+    if layers:
         children = sum(1 for _ in covered_tensors(root, adapter_name))
         size = seal_bytes(children, len(head_tensors(root, adapter_name)))
         layers[0].child_tuning_seal[adapter_name] = torch.zeros(size, dtype=torch.uint8)

@@ -347,3 +347,19 @@ def test_a_state_dict_handed_to_save_pretrained_is_left_as_it_was(tmp_path):
     names = set(gathered)
     model.save_pretrained(tmp_path, state_dict=gathered)
     assert set(gathered) == names
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_embeddings_of_a_grown_vocabulary_can_be_saved_beside_the_child(name, tmp_path):
+    family = FAMILIES[name]
+    base = family.build()
+    base.resize_token_embeddings(70, mean_resizing=False)
+    model = add_noise(wrap(base, family, score="magnitude"))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    fresh = family.build()
+    fresh.resize_token_embeddings(
+        70, mean_resizing=False
+    )  # new rows are random: the file must bring the others' values
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert same_bits(output(loaded, family.batch()), output(model, family.batch()))
