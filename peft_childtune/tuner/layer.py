@@ -201,7 +201,7 @@ class ChildTuningLayer(BaseTunerLayer):
                 self.merged_adapters.append(adapter_name)
                 self._replaced[adapter_name] = {p: merge_(self.base_parameter(p), i, v) for p, i, v in plan}
         except BaseException:
-            self._unmerge_to(before)
+            self.unmerge_to(before)
             raise
 
     def _merges_finite(self, parameter: str, indices: Tensor, values: Tensor) -> bool:
@@ -213,9 +213,10 @@ class ChildTuningLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._unmerge_to([])
+        self.unmerge_to([])
 
-    def _unmerge_to(self, remaining: list[str]) -> None:
+    def unmerge_to(self, remaining: list[str]) -> None:
+        """Undo the last merges until only `remaining` are left."""
         while len(self.merged_adapters) > len(remaining):
             adapter_name = self.merged_adapters.pop()
             for parameter, replaced in self._replaced.pop(adapter_name, {}).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..weights import Fingerprint, fingerprint
 from .config import ChildTuningConfig
 from .install import check_not_merged, covered_tensors, layers_of, set_values
 from .layer import ChildTuningLayer
+from .snapshot import Snapshot
 
 __all__ = ["PendingLoad", "adopt_state_dict", "begin_load", "head_tensors", "remove_adapter"]
 
@@ -92,7 +93,7 @@ def remove_adapter(root: nn.Module, adapter_name: str, peft_config: dict[str, An
     for module in list(root.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, ModulesToSaveWrapper) and adapter_name in child._adapters:
-                child.delete_adapter(adapter_name, new_active_adapters=None)
+                child.delete_adapter(adapter_name, [name for name in child.active_adapters if name != adapter_name])
                 if not child._adapters:
                     module._modules[name] = child.original_module
             elif isinstance(child, ChildTuningLayer) and last:
@@ -110,7 +111,7 @@ class PendingLoad:
     Attributes:
         root: the base model, with the layers in it.
         peft_config: the model's table of configurations.
-        trainable: what `requires_grad` was before, to be put back with a refused adapter.
+        before: what was trainable and active before, to be put back if the adapter is refused.
         sized: whether its configuration listed what will come; if not, nothing need come, as the child may be a
         fresh one.
     """
@@ -118,8 +119,8 @@ class PendingLoad:
     adapter_name: str
     root: nn.Module
     peft_config: dict[str, Any]
-    trainable: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
-    sized: bool = True
+    before: Snapshot
+    sized: bool
 
     def _layers(self) -> list[ChildTuningLayer]:
         return list(layers_of(self.root, self.adapter_name).values())
@@ -140,8 +141,7 @@ class PendingLoad:
         """Take everything of the adapter out of the model."""
         _lift_load_maps(self.root, self.adapter_name)
         remove_adapter(self.root, self.adapter_name, self.peft_config)
-        for parameter, flag in self.trainable:
-            parameter.requires_grad_(flag)
+        self.before.restore_()
 
     def resolve(self, *, may_be_empty: bool = False) -> None:
         """Verify what a loader put into the places, on paths that run no hook of ours while loading.
@@ -190,26 +190,14 @@ class PendingLoad:
         self.finish()
 
 
-def begin_load(
-    root: nn.Module,
-    adapter_name: str,
-    peft_config: dict[str, Any],
-    trainable: list[tuple[nn.Parameter, bool]],
-    *,
-    sized: bool,
-    by_peft_model: bool,
-) -> None:
+def begin_load(pending: PendingLoad, *, by_peft_model: bool) -> None:
     """Mark an adapter as one whose weights are on their way.
 
     Args:
-        root: the base model, with the adapter's layers in it.
-        adapter_name: of the adapter.
-        peft_config: the model's table of configurations.
-        trainable: what `requires_grad` was before the adapter was injected.
-        sized: the places of its tensors exist already, made after the list in its configuration.
+        pending: the adapter, and what to put back if it is refused.
         by_peft_model: a `PeftModel` is loading it, not transformers' or somebody's direct injection.
     """
-    pending = PendingLoad(adapter_name, root, peft_config, trainable, sized)
+    root, adapter_name = pending.root, pending.adapter_name
     layers = pending._layers()
     for layer in layers:
         layer._pending[adapter_name] = pending
@@ -228,6 +216,29 @@ def _take(found: dict[str, Tensor], path: str, kind: str) -> Tensor | None:
         if key in found:
             return found.pop(key)
     return None
+
+
+def _check_rest(model: nn.Module, rest: Mapping[str, Tensor], heads: set[str]) -> None:
+    """Raise if a file holds base weights: PEFT would write them over the base, unsealed.
+
+    Embeddings that are no targets pass: PEFT saves those of a resized vocabulary whole.
+
+    Raises:
+        IntegrityError: it does.
+    """
+    embeddings = {
+        id(layer)
+        for name in ("get_input_embeddings", "get_output_embeddings")
+        if hasattr(model, name) and (layer := getattr(model, name)()) is not None
+    }
+    passing = {path for path, module in model.named_modules() if id(module) in embeddings}
+    for key in rest:
+        path = key.rpartition(".")[0]
+        if key not in heads and path not in passing and f"{_PEFT_PREFIX}{path}" not in passing:
+            raise IntegrityError(
+                f"{key}: is neither part of the child nor of `modules_to_save`, and an adapter holds no base weights; "
+                "save or fetch the file again."
+            )
 
 
 def adopt_state_dict(
@@ -269,6 +280,7 @@ def adopt_state_dict(
                 f"{min(left)}: matches nothing in this model; the adapter was made for another base model or "
                 "other target_modules."
             )
+        _check_rest(model, rest, set(heads.values()))
         if len(seals) != 1:
             raise IntegrityError(
                 f"{len(seals)} seals instead of one; the weights file is incomplete: save or fetch it again."

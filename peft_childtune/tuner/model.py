@@ -15,11 +15,12 @@ from ..errors import ConfigError, TargetError, UnsupportedError
 from .config import ChildTuningConfig
 from .install import install_children, prepare_places
 from .layer import ChildTuningLayer
-from .loading import adopt_state_dict, begin_load, remove_adapter
+from .loading import PendingLoad, adopt_state_dict, begin_load, remove_adapter
 from .modules import wrap
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
 from .selection import data_free_children
+from .snapshot import Snapshot
 from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
 
@@ -70,7 +71,7 @@ class ChildTuningModel(BaseTuner):
         config: ChildTuningConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         if not isinstance(config, ChildTuningConfig):
             raise ConfigError(f"adapter {adapter_name!r}: {type(config).__name__} is no ChildTuningConfig.")
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        before = Snapshot(model)
         try:
             self._check_targets(model, config)
             super().inject_adapter(
@@ -87,14 +88,11 @@ class ChildTuningModel(BaseTuner):
                 children = data_free_children(model, adapter_name, config)
                 install_children(model, adapter_name, children, config=config, meta=low_cpu_mem_usage)
             if config.child is not None or config.inference_mode:
-                sized = config.child is not None
-                begin_load(
-                    model, adapter_name, self.peft_config, trainable, sized=sized, by_peft_model=self._by_peft_model
-                )
+                pending = PendingLoad(adapter_name, model, self.peft_config, before, sized=config.child is not None)
+                begin_load(pending, by_peft_model=self._by_peft_model)
         except BaseException:
             remove_adapter(model, adapter_name, dict(self.peft_config))
-            for parameter, flag in trainable:
-                parameter.requires_grad_(flag)
+            before.restore_()
             raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -129,7 +127,7 @@ class ChildTuningModel(BaseTuner):
         """Raise if one of several target names matches nothing: PEFT itself is content when any of them matches."""
         if not isinstance(config.target_modules, set | list | tuple):
             return
-        names = [name for name, _ in model.named_modules()]
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
         absent = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
         if absent and len(absent) < len(config.target_modules):  # PEFT has a good message for "none at all"
             raise TargetError(
@@ -190,9 +188,25 @@ class ChildTuningModel(BaseTuner):
                         module._modules[name] = layer
         self._replace_module(parent, target_name, layer, target)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge on every layer, or, if `safe_merge` finds an entry that is not finite, on none."""
+        before = [(m, list(m.merged_adapters)) for m in self.model.modules() if isinstance(m, ChildTuningLayer)]
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except BaseException:
+            for layer, merged in before:
+                layer.unmerge_to(merged)
+            raise
+
     def _unload_and_optionally_merge(  # type: ignore[override]  # annotated as returning nothing in PEFT
         self, *args: Any, **kwargs: Any
     ) -> nn.Module:
+        layers = [m for m in self.model.modules() if isinstance(m, ChildTuningLayer)]
+        if kwargs.get("merge", True) and kwargs.get("safe_merge") and not any(layer.merged for layer in layers):
+            # a trial on all layers first: PEFT merges, and replaces, one layer after the other
+            self.merge_adapter(adapter_names=kwargs.get("adapter_names"), safe_merge=True)
+            for layer in layers:
+                layer.unmerge_to([])
         unloaded: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
         for module in list(unloaded.modules()):  # the further places of shared modules
             for name, child in list(module._modules.items()):

@@ -29,10 +29,6 @@ class ChildTuningPeftType(str, enum.Enum):  # noqa: UP042  # as PEFT's own `Peft
 
     CHILD_TUNING = "CHILD_TUNING"
 
-    def __str__(self) -> str:
-        """Return the value, so that formatted text reads as the file does."""
-        return self.value
-
 
 def check_peft_version(version: str) -> None:
     """Raise unless this library was made for that release of PEFT.
