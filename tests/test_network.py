@@ -43,8 +43,8 @@ def test_an_empty_network_has_density_zero():
     ("indices", "shapes", "message"),
     [
         ({"w": [0]}, {"v": (2,)}, "different tensors"),
-        ({"w": [1, 0]}, {"w": (2,)}, "increas"),
-        ({"w": [0, 0]}, {"w": (2,)}, "increas"),
+        ({"w": [1, 0]}, {"w": (2,)}, "w: .*increas"),
+        ({"w": [0, 0]}, {"w": (2,)}, "w: .*increas"),
         ({"w": [2]}, {"w": (2,)}, r"w: .*2"),
         ({"w": [-1]}, {"w": (2,)}, r"w: "),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,13 @@ from ..codec import decode_child
 from ..errors import IntegrityError, SelectionError
 from ..seal import Sealed, seal_bytes, verify_seal
 from ..weights import Fingerprint, fingerprint
-from .config import ChildTuningConfig
-from .install import check_not_merged, covered_tensors, layers_of, set_values
+from .install import covered_tensors, layers_of
 from .layer import ChildTuningLayer
 from .snapshot import Snapshot
 
-__all__ = ["PendingLoad", "adopt_state_dict", "begin_load", "head_tensors", "remove_adapter"]
+__all__ = ["PEFT_PREFIX", "PendingLoad", "begin_load", "head_tensors", "remove_adapter", "sealed_tensor"]
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
@@ -31,7 +29,7 @@ def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Te
         path = path.replace("_fsdp_wrapped_module.", "")
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             for key, tensor in module.modules_to_save[adapter_name].state_dict().items():
-                full = f"{path}.{key}".removeprefix(_PEFT_PREFIX)
+                full = f"{path}.{key}".removeprefix(PEFT_PREFIX)
                 found[full] = (f"{path}.modules_to_save.{adapter_name}.{key}", tensor)
     return found
 
@@ -61,7 +59,10 @@ def _lift_load_maps(root: nn.Module, adapter_name: str) -> None:
             del module.__dict__["adapter_state_dict_load_map"]
 
 
-def _sealed(name: str, layer: ChildTuningLayer, parameter: str, code: Tensor | None, values: Tensor | None) -> Sealed:
+def sealed_tensor(
+    name: str, layer: ChildTuningLayer, parameter: str, code: Tensor | None, values: Tensor | None
+) -> Sealed:
+    """Return what the seal vouches for, of a base tensor for which this code and these values have arrived."""
     empty = torch.zeros(0)
     code = empty.to(torch.uint8) if code is None else code.detach().cpu()
     values = empty if values is None else values.detach().cpu()
@@ -173,7 +174,7 @@ class PendingLoad:
             )
         try:
             children = {
-                name: _sealed(
+                name: sealed_tensor(
                     name,
                     layer,
                     p,
@@ -209,129 +210,3 @@ def begin_load(pending: PendingLoad, *, by_peft_model: bool) -> None:
         children = sum(1 for _ in covered_tensors(root, adapter_name))
         size = seal_bytes(children, len(head_tensors(root, adapter_name)))
         layers[0].child_tuning_seal[adapter_name] = torch.zeros(size, dtype=torch.uint8)
-
-
-def _take(found: dict[str, Tensor], path: str, kind: str) -> Tensor | None:
-    for key in (f"{path}.child_tuning_{kind}", f"{_PEFT_PREFIX}{path}.child_tuning_{kind}"):
-        if key in found:
-            return found.pop(key)
-    return None
-
-
-def _check_rest(model: nn.Module, rest: Mapping[str, Tensor], heads: set[str]) -> None:
-    """Raise if a file holds base weights: PEFT would write them over the base, unsealed.
-
-    Embeddings that are no targets pass: PEFT saves those of a resized vocabulary whole.
-
-    Raises:
-        IntegrityError: it does.
-    """
-    embeddings = {
-        id(layer)
-        for name in ("get_input_embeddings", "get_output_embeddings")
-        if hasattr(model, name) and (layer := getattr(model, name)()) is not None
-    }
-    passing = {path for path, module in model.named_modules() if id(module) in embeddings}
-    for key in rest:
-        path = key.rpartition(".")[0]
-        if key not in heads and path not in passing and f"{_PEFT_PREFIX}{path}" not in passing:
-            raise IntegrityError(
-                f"{key}: is neither part of the child nor of `modules_to_save`, and an adapter holds no base weights; "
-                "save or fetch the file again."
-            )
-
-
-def adopt_state_dict(
-    model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Verify a checkpoint, shape the adapter's tensors after it, and return what remains for PEFT to copy.
-
-    Args:
-        model: a `PeftModel`, or a base model with injected layers.
-        config: the adapter's.
-        adapter_name: of the adapter.
-        state_dict: keys without the adapter's name, as in the file; heads under those keys or under the model's own.
-
-    Returns:
-        `state_dict` without the seal, deltas in float32.
-
-    Raises:
-        FormatError, IntegrityError, BaseMismatchError: before anything changed; a new adapter is out of the model
-        again.
-    """
-    layers = layers_of(model, adapter_name)
-    pending = next((layer._pending[adapter_name] for layer in layers.values() if adapter_name in layer._pending), None)
-    check_not_merged(layers.values(), adapter_name)
-    heads = {name: key for name, (key, _) in head_tensors(model, adapter_name).items()}
-    own_keys = {key: heads.get(key.removeprefix(_PEFT_PREFIX), key) for key in state_dict}
-    state_dict = {own_keys[key]: tensor for key, tensor in state_dict.items()}
-    ours = {k: v for k, v in state_dict.items() if ".child_tuning_" in k}
-    rest = {k: v for k, v in state_dict.items() if k not in ours}
-    try:
-        left = dict(ours)
-        seals = [s for path in layers if (s := _take(left, path, "seal")) is not None]
-        arrived = {
-            layer.full_name(p): (layer, p, _take(left, path, f"code.{p}"), _take(left, path, f"values.{p}"))
-            for path, layer in layers.items()
-            for p in layer.covered
-        }
-        if left:
-            raise IntegrityError(
-                f"{min(left)}: matches nothing in this model; the adapter was made for another base model or "
-                "other target_modules."
-            )
-        _check_rest(model, rest, set(heads.values()))
-        if len(seals) != 1:
-            raise IntegrityError(
-                f"{len(seals)} seals instead of one; the weights file is incomplete: save or fetch it again."
-            )
-        for name, (_, _, code, values) in arrived.items():
-            if (code is None) != (values is None):
-                missing = "code" if code is None else "values"
-                raise IntegrityError(f"{name}: its child_tuning_{missing} is missing; save or fetch the file again.")
-            if (
-                config.child is not None
-                and (0 if values is None else values.numel()) != (config.child.get(name) or [0])[0]
-            ):
-                raise IntegrityError(
-                    f"{name}: adapter_config.json and the weights file list different numbers of kept entries; "
-                    "the two do not "
-                    "belong together."
-                )
-        if absent := [name for name, key in heads.items() if key not in state_dict]:
-            raise IntegrityError(
-                f"{absent[0]}: is not in the weights file; the file is incomplete: save or fetch it again."
-            )
-        children = {n: _sealed(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
-        verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
-    except BaseException:
-        if pending is not None:
-            pending.discard()
-        raise
-    _shape_after(arrived, adapter_name, config)
-    if pending is not None:
-        pending.finish()
-    wide = {
-        k: v.to(torch.float32) if v.is_floating_point() else v for k, v in ours.items() if "child_tuning_seal" not in k
-    }
-    return {**rest, **wide}
-
-
-def _shape_after(arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, config: ChildTuningConfig) -> None:
-    for layer, parameter, code, values in arrived.values():
-        holder = layer._code(adapter_name)
-        holder._decoded.pop(parameter, None)
-        holder.selected = True
-        if code is None:
-            holder._buffers.pop(parameter, None)
-            layer._values(adapter_name)._parameters.pop(parameter, None)
-            continue
-        device = layer.base_parameter(parameter).device
-        old = layer._values(adapter_name).get(parameter)
-        if old is None or old.shape != values.shape:
-            trainable = adapter_name in layer.active_adapters and not config.inference_mode
-            place = torch.zeros(values.shape, dtype=torch.float32, device=device if old is None else old.device)
-            set_values(layer, adapter_name, parameter, place, trainable=trainable)
-        buffer = holder._buffers.get(parameter)
-        if buffer is None or buffer.shape != code.shape:
-            holder.set_child(parameter, code.to(device, copy=True))

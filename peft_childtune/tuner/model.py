@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, UnsupportedError
+from .adopting import adopt_state_dict
 from .config import ChildTuningConfig
 from .install import install_children, prepare_places
 from .layer import ChildTuningLayer
-from .loading import PendingLoad, adopt_state_dict, begin_load, remove_adapter
+from .loading import PendingLoad, begin_load, remove_adapter
 from .modules import wrap
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_

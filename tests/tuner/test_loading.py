@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_childtune import (
     BaseMismatchError,
+    ChildNetwork,
     ChildTuningConfig,
     ChildTuningError,
     FormatError,
@@ -18,6 +19,7 @@ from peft_childtune import (
     SelectionError,
     get_child_network,
     get_deltas,
+    select_child_network,
 )
 from peft_childtune.tuner import ChildTuningLayer
 
@@ -304,6 +306,21 @@ def test_a_state_dict_is_set_only_when_it_is_sound(toy, batches, tmp_path):
     assert all(torch.equal(before[n], d.values) for n, d in get_deltas(model).items())
     set_peft_model_state_dict(model, state)
     assert torch.equal(model(**batches[0]).logits, saved(**batches[0]).logits)
+
+
+def test_a_state_dict_brings_its_positions_along_also_into_codes_of_the_same_length(toy, batches):
+    shapes = {f"layers.{i}.fc.{p}": s for i in (0, 1) for p, s in (("weight", (6, 6)), ("bias", (6,)))}
+    models = []
+    for last in (3, 4):
+        model = get_peft_model(toy(), ChildTuningConfig(target_modules=["fc"], init_weights=False)).eval()
+        child = ChildNetwork.from_indices({n: torch.tensor([0, last]) for n in shapes}, shapes)
+        select_child_network(model, network=child)
+        model(**batches[0])
+        models.append(model)
+    one, other = models
+    one.load_state_dict(other.state_dict())
+    assert get_child_network(one) == get_child_network(other)
+    assert torch.equal(one(**batches[0]).logits, other(**batches[0]).logits)
 
 
 def test_a_saved_configuration_without_its_weights_is_not_silently_a_new_adapter(toy, batches, tmp_path):
