@@ -10,7 +10,7 @@ import pickle
 
 import peft
 import pytest
-from peft import mapping
+from peft import PeftType, mapping
 
 from peft_childtune import ChildTuningConfig, ChildTuningModel, PeftVersionError
 from peft_childtune.tuner import registration
@@ -42,7 +42,11 @@ def test_the_prefix_is_the_one_that_transformers_derives_from_the_type():
 def test_the_type_reads_as_its_string_everywhere():
     assert _TYPE == "CHILD_TUNING"
     assert hash(_TYPE) == hash("CHILD_TUNING")
-    assert (_TYPE.value, _TYPE.name, str(_TYPE), f"{_TYPE}") == ("CHILD_TUNING",) * 4
+    assert (_TYPE.value, _TYPE.name) == ("CHILD_TUNING",) * 2
+    # text shows a member as it shows PEFT's own, which some of PEFT's callers take apart
+    assert str(_TYPE).replace(type(_TYPE).__name__, "") == str(PeftType.LORA).replace("PeftType", "").replace(
+        "LORA", _TYPE.name
+    )
     assert {_TYPE: 1}["CHILD_TUNING"] == 1
     assert json.dumps(_TYPE) == '"CHILD_TUNING"'
     assert copy.deepcopy(_TYPE) is _TYPE
