@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -17,6 +18,7 @@ from .sparse import TensorChild, UnitGrid
 
 __all__ = ["ChildNetwork"]
 
+_MAX_NUMEL = 1 << 36  # of one tensor in a file: far above any weight, and keeps a hostile file from asking for memory
 _FORMAT = "peft_childtune.child_network.v1"
 
 
@@ -147,6 +149,9 @@ class ChildNetwork:
             raise FormatError(f"{path}: the list of shapes is damaged; save the child network again.") from error
         if len(shapes) != max(1, len(codes)):
             raise FormatError(f"{path}: {len(shapes)} shapes for {len(codes)} tensors; save the child network again.")
+        for name, shape in zip(sorted(codes), shapes, strict=False):
+            if math.prod(shape) > _MAX_NUMEL:
+                raise FormatError(f"{path}: {name} has {math.prod(shape)} entries, above the limit {_MAX_NUMEL}.")
         network = cls({n: decode_child(codes[n], shape=s) for n, s in zip(sorted(codes), shapes, strict=False)})
         if network.digest() != metadata.get("digest"):
             raise IntegrityError(

@@ -220,7 +220,7 @@ class ChildTuningConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, with the sizes of the adapter that is being saved along with it."""
-        live, self.child = self.child, self.__dict__.get("_layout", self.child)
+        live, self.child = self.child, self.__dict__.pop("_layout", self.child)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:

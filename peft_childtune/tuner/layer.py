@@ -254,12 +254,16 @@ class ChildTuningLayer(BaseTunerLayer):
             if adapter_name in holder and not any(p.device.type == "meta" for p in holder[adapter_name].parameters()):
                 holder[adapter_name].to(target)
 
-    def _refuse_adapter_names(self, kwargs: dict[str, Any]) -> None:
+    def _adapters_of_forward(self, kwargs: dict[str, Any]) -> list[str]:
+        """Return the adapters whose deltas a forward must add: none if disabled or merged, else the active ones."""
         if "adapter_names" in kwargs:
             raise UnsupportedError(
                 "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run "
                 "each part on its own."
             )
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        return [] if self.merged else self._working_adapters()
 
     def __getattr__(self, name: str) -> Any:
         """Return what the base layer has under that name: model code asks its layers for `eps` and the like."""

@@ -10,7 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..codec import decode_child
-from ..errors import IntegrityError, SelectionError
+from ..errors import FormatError, IntegrityError, SelectionError
 from ..seal import Sealed, seal_bytes, verify_seal
 from ..weights import Fingerprint, fingerprint
 from .install import covered_tensors, layers_of
@@ -71,7 +71,10 @@ def sealed_tensor(
         base = layer.unmerged_base(parameter)
         if not code.numel():
             return fingerprint(base, torch.zeros(0, dtype=torch.int64))
-        child = decode_child(code, shape=tuple(base.shape))
+        try:
+            child = decode_child(code, shape=tuple(base.shape))
+        except FormatError as error:
+            raise type(error)(f"{name}: {error}") from error
         if child.nnz != values.numel():
             raise IntegrityError(
                 f"{name}: {values.numel()} values for {child.nnz} kept entries; fetch the file again."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TargetError, UnsupportedError
 from .adopting import adopt_state_dict
 from .config import ChildTuningConfig
-from .install import install_children, prepare_places
+from .install import install_children, layers_of, prepare_places
 from .layer import ChildTuningLayer
 from .loading import PendingLoad, begin_load, remove_adapter
 from .modules import wrap
@@ -139,22 +139,19 @@ class ChildTuningModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        if isinstance(peft_config.target_modules, set | list) and key in peft_config.target_modules:
-            # PEFT applies `layers_to_transform` to name endings only, not to full names: hand it the ending
-            peft_config = SimpleNamespace(
-                target_modules={key.rpartition(".")[2]} if peft_config.layers_to_transform is not None else {key},
-                **{
-                    name: getattr(peft_config, name)
-                    for name in (
-                        "exclude_modules",
-                        "modules_to_save",
-                        "layers_to_transform",
-                        "layers_pattern",
-                        "target_parameters",
-                    )
-                },
-            )
-        return check_target_module_exists(peft_config, key)
+        options = {
+            name: getattr(peft_config, name)
+            for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+        }
+        found = check_target_module_exists(
+            SimpleNamespace(**options, layers_to_transform=None, layers_pattern=None), key
+        )
+        if not found or peft_config.layers_to_transform is None or not isinstance(found, bool):
+            return found
+        # PEFT numbers blocks for name endings only, and only in lists below the top of the model
+        options |= {"target_modules": {key.rpartition(".")[2]}, "exclude_modules": None}
+        numbers = {name: getattr(peft_config, name) for name in ("layers_to_transform", "layers_pattern")}
+        return check_target_module_exists(SimpleNamespace(**options, **numbers), f"model.{key}")
 
     def _create_and_replace(
         self,
@@ -198,6 +195,12 @@ class ChildTuningModel(BaseTuner):
             for layer, merged in before:
                 layer.unmerge_to(merged)
             raise
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ChildTuningLayer):  # PEFT copies `weight` and `bias` over, which not every module has
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # annotated as returning nothing in PEFT
         self, *args: Any, **kwargs: Any
@@ -257,4 +260,14 @@ class ChildTuningModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         sound = adopt_state_dict(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, sound)
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, sound)
+        layers = {module: path for path, module in layers_of(model, adapter_name).items()}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if layers.get(module, path) != path:  # a shared module is filled at all its places, or PEFT warns
+                first = f"{layers[module]}.child_tuning_"
+                mapped |= {
+                    f"{path}.child_tuning_{key.removeprefix(first)}": tensor
+                    for key, tensor in mapped.items()
+                    if key.startswith(first)
+                }
+        return mapped

@@ -16,6 +16,20 @@ from .targets import covered_names
 
 __all__ = ["Linear", "Module", "wrap"]
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _stand_in(base: nn.Module, parameters: dict[str, Any]) -> nn.Module:
+    """Return a shallow copy of a module with other parameters.
+
+    The module itself is never touched, and its class's own forward runs, with its hooks, so that merged and unmerged
+    outputs agree in every bit.
+    """
+    stand_in = copy.copy(base)
+    stand_in.__dict__["_parameters"] = parameters
+    stand_in.__dict__.pop("forward", None)  # one that was set on the instance is bound to the module itself
+    return stand_in
+
 
 class Linear(ChildTuningLayer, nn.Module):
     """An adapted `nn.Linear` or GPT-2 `Conv1D`: composes, multiplies, and keeps nothing of the weight's size."""
@@ -27,23 +41,19 @@ class Linear(ChildTuningLayer, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
-        self._refuse_adapter_names(kwargs)
-        if self._disable_adapters and self.merged:
-            self.unmerge()
-        adapters = [] if self.merged else self._working_adapters()
-        if not adapters:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        adapters = self._adapters_of_forward(kwargs)
         base = self.get_base_layer()
-        edits, bias_edits = self._edits("weight", adapters), []
-        weight, bias = base.weight, base.bias
-        if bias is not None and (bias_edits := self._edits("bias", adapters)):
-            bias = compose_parameter(bias, bias_edits)  # type: ignore[arg-type]
-        if not edits:
-            if not bias_edits:
-                return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-            if not self._transposed:
-                return F.linear(x, weight, bias)  # type: ignore[arg-type]
-        return child_linear(x, weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
+        edits = self._edits("weight", adapters) if adapters else []
+        bias_edits = self._edits("bias", adapters) if adapters and base.bias is not None else []
+        if not edits and not bias_edits:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        bias = compose_parameter(self.base_parameter("bias"), bias_edits) if bias_edits else base.bias
+        if any(getattr(base, hooks) for hooks in _HOOKS):  # their owner expects them to run at every forward
+            weight = compose_parameter(self.base_parameter("weight"), edits)
+            return _stand_in(base, {"weight": weight, "bias": bias})(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if not edits and not self._transposed:
+            return F.linear(x, base.weight, bias)  # type: ignore[arg-type]
+        return child_linear(x, base.weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
 
 
 class _Watched(dict[str, Any]):
@@ -68,10 +78,7 @@ class Module(ChildTuningLayer, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
-        self._refuse_adapter_names(kwargs)
-        if self._disable_adapters and self.merged:
-            self.unmerge()
-        adapters = [] if self.merged else self._working_adapters()
+        adapters = self._adapters_of_forward(kwargs)
         base = self.get_base_layer()
         composed = {}
         for name in covered_names(base) if adapters else ():
@@ -79,21 +86,15 @@ class Module(ChildTuningLayer, nn.Module):
                 composed[name] = compose_parameter(self.base_parameter(name), edits)
         if not composed:
             return self.base_layer(*args, **kwargs)
-        # A shallow copy with other parameters: the base module itself is never touched, and its class's own forward
-        # runs,
-        # so that merged and unmerged outputs agree in every bit.
-        stand_in = copy.copy(base)
         parameters = {**base._parameters, **composed}
-        stand_in.__dict__["_parameters"] = parameters
         if self._proven.issuperset(composed):
-            return type(base).forward(stand_in, *args, **kwargs)
-        stand_in.__dict__["_parameters"] = watched = _Watched(parameters)
-        out = type(base).forward(stand_in, *args, **kwargs)
+            return _stand_in(base, parameters)(*args, **kwargs)
+        watched = _Watched(parameters)
+        out = _stand_in(base, watched)(*args, **kwargs)
         if unread := set(composed) - watched.read:
             raise UnsupportedError(
                 f"{self._module_name}: the forward of {type(base).__name__} does not read `{min(unread)}` from "
-                "itself, so its "
-                "delta would be ignored; take this module out of `target_modules`."
+                "itself, so its delta would be ignored; take this module out of `target_modules`."
             )
         self._proven |= set(composed)
         return out

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import peft
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -36,8 +36,9 @@ def check_peft_version(version: str) -> None:
     Raises:
         PeftVersionError: another release.
     """
-    low, high = map(Version, _SUPPORTED)
-    if not low <= Version(version) < high:
+    low, high = _SUPPORTED
+    # a specifier, unlike a comparison, keeps pre-releases of the upper bound out
+    if not SpecifierSet(f">={low},<{high}").contains(version, prereleases=True):
         raise PeftVersionError(
             f"peft {version} is installed, but peft_childtune needs peft >= {low}, < {high}: it relies on "
             "internals that "

@@ -126,7 +126,7 @@ def default_targets(model: nn.Module) -> list[str]:
             left_out[block] = "owns weights itself, beside those of the modules in it"
         for name, owner, parent in _owners(module, block):
             reason = unsupported_reason(owner, parent)
-            if reason is None and list(owner.children()):
+            if reason is None and any(True for c in owner.children() for _ in c.parameters()):
                 reason = "owns weights itself, beside those of the modules in it"
             if reason is None:
                 targets.append(name)
