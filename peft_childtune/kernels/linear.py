@@ -44,7 +44,9 @@ class _ChildLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, *tensors)
         composed = compose_all(weight, tensors[:count], tensors[count:])  # type: ignore[arg-type]
-        return plain_linear(x, composed, bias, transposed=transposed)
+        out = plain_linear(x, composed, bias, transposed=transposed)
+        # a view made in here could not be changed in place by the model's code, as DeBERTa and inplace ReLUs do
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     @once_differentiable

@@ -233,6 +233,11 @@ class ChildTuningConfig(PeftConfig):
             if value not in get_args(literal) and not (name == "save_dtype" and value is None):
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(literal)))}.")
 
+        if self.child is not None and not isinstance(self.child, dict):
+            raise ConfigError(
+                f"child={self.child!r} is no table of sizes; the configuration is damaged: save or fetch it again."
+            )
+
     def _check_numbers(self) -> None:
         if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
             raise ConfigError(

@@ -13,6 +13,7 @@ from ..errors import DeltaError, FormatError, SelectionError
 from ..sparse import TensorChild, UnitGrid
 from .config import ChildTuningConfig
 from .layer import ChildTuningLayer
+from .steps import refuse_steps_on
 
 __all__ = [
     "check_not_merged",
@@ -77,6 +78,8 @@ def set_values(layer: ChildTuningLayer, adapter_name: str, parameter: str, value
         old.data.copy_(values)
         return
     keep = trainable if old is None else old.requires_grad
+    if old is not None:
+        refuse_steps_on(old)
     holder._parameters.pop(parameter, None)
     holder.register_parameter(parameter, nn.Parameter(values, requires_grad=keep))
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..codec import step_view
 from ..errors import SelectionError, UnsupportedError
-from ..kernels import Edit, StepGate
+from ..kernels import Edit, StepGate, compose_parameter
 from ..sparse import ResampledUnits, SparseDelta, TensorChild, compose_entries
 from ..weights import merge_, restore_
 from .state import ChildCode, ChildValues
@@ -166,6 +166,31 @@ class ChildTuningLayer(BaseTunerLayer):
                 break
         return working
 
+    @property
+    def weight(self) -> Any:
+        """The weight with the active adapters' deltas, for model code that reads it instead of calling the layer."""
+        return self._as_read("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The bias, likewise."""
+        return self._as_read("bias")
+
+    def _as_read(self, parameter: str) -> Any:
+        base = self.get_base_layer()
+        if parameter not in covered_names(base):
+            return getattr(base, parameter)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        if self._disable_adapters or self.merged:
+            return self.base_parameter(parameter)
+        owner = self._tied.get(parameter, (self, parameter))[0]
+        for adapter_name in self.active_adapters:
+            owner.resolve_pending(adapter_name, may_be_empty=True)
+        ready = [name for name in self.active_adapters if owner.has_child(name) and name not in owner._pending]
+        edits = self._edits(parameter, ready)
+        return compose_parameter(self.base_parameter(parameter), edits) if edits else self.base_parameter(parameter)
+
     def _merge_plan(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
         self._require_child(adapter_name)
         for parameter in self.covered:
@@ -261,6 +286,11 @@ class ChildTuningLayer(BaseTunerLayer):
                 "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run "
                 "each part on its own."
             )
+        if getattr(self, "_is_replica", False):
+            raise UnsupportedError(
+                f"{self._module_name}: nn.DataParallel hands its copies no parameters to train; run one process per "
+                "device (`accelerate launch`, `torchrun`), or show the program one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
         if self._disable_adapters and self.merged:
             self.unmerge()
         return [] if self.merged else self._working_adapters()
@@ -272,7 +302,7 @@ class ChildTuningLayer(BaseTunerLayer):
         except AttributeError:
             if name.startswith("_") or name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+            return self._as_read(name)
 
     def __repr__(self) -> str:
         """Return the wrapped module's description under this method's name."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, UnsupportedError
@@ -172,7 +173,7 @@ class ChildTuningModel(BaseTuner):
                 "first, or adapt "
                 "other modules."
             )
-        if (reason := unsupported_reason(target, parent)) is not None:
+        if (reason := unsupported_reason(target)) is not None:
             raise TargetError(f"{current_key}: {type(target).__name__} {reason}.")
         layer = wrap(target, current_key)
         layer._active_adapter = self.active_adapters
@@ -197,7 +198,8 @@ class ChildTuningModel(BaseTuner):
             raise
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ChildTuningLayer):  # PEFT copies `weight` and `bias` over, which not every module has
+        # when it unloads, PEFT copies `weight` and `bias` over, which not every module or head has
+        if isinstance(child, ChildTuningLayer | ModulesToSaveWrapper):
             setattr(parent, child_name, new_module)
             return
         super()._replace_module(parent, child_name, new_module, child)

@@ -133,6 +133,7 @@ def select_child_network(
     """Choose the child network of an adapter, make it the one that is trained, and return it.
 
     Scores are taken on the base model, all adapters off, in eval mode; every flag and gradient is put back.
+    Make the optimizer afterwards: one that was made before does not hold the child's deltas.
 
     Args:
         model: a model with a `ChildTuningConfig` adapter that has not been trained yet.

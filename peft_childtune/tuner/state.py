@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..codec import decode_child
 from ..errors import IntegrityError
-from ..sparse import TensorChild
+from ..sparse import ResampledUnits, TensorChild
 
 __all__ = ["ChildCode", "ChildValues"]
 
@@ -26,8 +26,19 @@ class ChildValues(nn.Module):
 @dataclass
 class _Decoded:
     code: Tensor
+    version: int
     child: TensorChild
     indices: Tensor | None = None
+
+    def is_of(self, code: Tensor) -> bool:
+        """Return whether this was decoded from that buffer as it is: DDP, for one, copies into buffers in place."""
+        if self.code is not code:
+            return False
+        return self.version == _version(code) or isinstance(self.child.units, ResampledUnits)  # its steps count up
+
+
+def _version(code: Tensor) -> int:
+    return 0 if code.is_inference() else code._version
 
 
 class ChildCode(nn.Module):
@@ -66,13 +77,14 @@ class ChildCode(nn.Module):
         if code is None:
             return None
         entry = self._decoded.get(parameter)
-        if entry is None or entry.code is not code:
+        if entry is None or not entry.is_of(code):
             if code.device.type == "meta":
                 raise IntegrityError(
                     f"{name}: the child is on the meta device: its adapter's weights were never loaded."
                 )
             try:
-                entry = _Decoded(code, decode_child(code.cpu(), shape=shape))
+                with torch.inference_mode(False):  # kept for training, which cannot save an inference tensor
+                    entry = _Decoded(code, _version(code), decode_child(code.cpu(), shape=shape))
             except ValueError as error:
                 raise type(error)(f"{name}: {error}") from error
             self._decoded[parameter] = entry
@@ -89,7 +101,8 @@ class ChildCode(nn.Module):
         if entry is None:
             return torch.zeros(0, dtype=torch.int64, device=device)
         if entry.indices is None or entry.indices.device != device:
-            entry.indices = entry.child.indices(device=device).to(device)
+            with torch.inference_mode(False):
+                entry.indices = entry.child.indices(device=device).to(device)
         return entry.indices
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

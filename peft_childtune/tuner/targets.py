@@ -16,16 +16,6 @@ __all__ = ["block_names", "block_of", "covered_names", "default_targets", "unsup
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Their forward reads the weights of these children itself, so a wrapped child would be passed by without a word.
-_READS_CHILD_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_MAMBA_CLASSES = (
-    "MambaMixer",
-    "Mamba2Mixer",
-    "FalconMambaMixer",
-    "FalconH1Mixer",
-    "NemotronHMamba2Mixer",
-    "JambaMambaMixer",
-)
 
 
 def covered_names(module: nn.Module) -> list[str]:
@@ -33,7 +23,7 @@ def covered_names(module: nn.Module) -> list[str]:
     return [name for name, parameter in module._parameters.items() if parameter is not None]
 
 
-def unsupported_reason(module: nn.Module, parent: nn.Module | None = None) -> str | None:
+def unsupported_reason(module: nn.Module) -> str | None:
     """Return why a module cannot be adapted, or None if it can."""
     own = covered_names(module)
     if not own:
@@ -50,10 +40,8 @@ def unsupported_reason(module: nn.Module, parent: nn.Module | None = None) -> st
         return "hands its weights to one fused call over all time steps; adapt other modules"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return "rewrites its own weights in every forward (max_norm); the base would not stay frozen"
-    if isinstance(parent, _READS_CHILD_WEIGHTS):
-        return f"is read by its parent {type(parent).__name__} without being called; adapt the parent or other modules"
-    if type(parent).__name__ in _MAMBA_CLASSES:
-        return f"is read by its parent {type(parent).__name__} inside a fused kernel; adapt other modules"
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's only moves tensors
+        return "has a forward of its own set on the instance, which knows no delta; remove it or adapt other modules"
     return None
 
 
@@ -97,12 +85,12 @@ def block_of(name: str, blocks: list[str]) -> str:
     return next((block for block in blocks if name.startswith(f"{block}.")), "")
 
 
-def _owners(block: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def _owners(block: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in block.named_children():
         path = f"{prefix}.{name}"
         base = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
         if covered_names(base):
-            yield path, base, block
+            yield path, base
         if not isinstance(child, BaseTunerLayer):
             yield from _owners(child, path)
 
@@ -124,8 +112,8 @@ def default_targets(model: nn.Module) -> list[str]:
         module = model.get_submodule(block)
         if covered_names(module):
             left_out[block] = "owns weights itself, beside those of the modules in it"
-        for name, owner, parent in _owners(module, block):
-            reason = unsupported_reason(owner, parent)
+        for name, owner in _owners(module, block):
+            reason = unsupported_reason(owner)
             if reason is None and any(True for c in owner.children() for _ in c.parameters()):
                 reason = "owns weights itself, beside those of the modules in it"
             if reason is None:

@@ -49,7 +49,7 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
         if not shared or "modules_to_save" in path.split(".") or "original_module" in path.split("."):
             continue
         parents = _parents(model, module)
-        if not parents or (reason := unsupported_reason(module, parents[0][0])) is not None:
+        if not parents or (reason := unsupported_reason(module)) is not None:
             reason = "is the model itself" if not parents else reason
             owner, name = leaders[id(module._parameters[shared[0]])]
             raise TargetError(f"{path}: shares `{shared[0]}` with {owner.full_name(name)}, but {reason}.")
