@@ -139,9 +139,8 @@ class ChildNetwork:
         codes, metadata = load_tensors(path)
         if metadata.get("format") != _FORMAT:
             raise FormatError(
-                f"{path}: is no child network file ({_FORMAT}); save one with `ChildNetwork.save`. An adapter "
-                "folder is loaded "
-                "with `PeftModel.from_pretrained`."
+                f"{path}: is no child network file ({_FORMAT}); save one with `ChildNetwork.save`. An adapter folder "
+                "is loaded with `PeftModel.from_pretrained`."
             )
         try:
             shapes = [tuple(int(n) for n in part.split(",") if n) for part in metadata["shapes"].split(";")]

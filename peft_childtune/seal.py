@@ -125,8 +125,8 @@ def _check_names(what: str, sealed: set[bytes], found: Mapping[str, object]) -> 
     if sealed - set(hashes):
         raise IntegrityError(
             f"{len(sealed - set(hashes))} of the {len(sealed)} {what}s that were saved are not in this model; the "
-            "base "
-            f"model is another one, or `target_modules` differs. Present, for example: {next(iter(found), 'none')}."
+            "base model is another one, or `target_modules` differs. Present, for example: "
+            f"{next(iter(found), 'none')}."
         )
 
 
@@ -165,16 +165,15 @@ def verify_seal(seal: Tensor, children: Mapping[str, Sealed], heads: Mapping[str
         if same is False:
             raise BaseMismatchError(
                 f"{name}: the base weights differ from those that the adapter was made for; load it onto the base "
-                "model "
-                "(and revision) named in its adapter_config.json."
+                "model (and revision) named in its adapter_config.json."
             )
         if same is None:
             unverified.append(name)
     if unverified:
         logger.warning(
-            "%s and %d more tensors could not be verified: the adapter was made on a bfloat16 base and this one "
-            "is float16, or "
-            "the other way round. Load the base in the precision in which it was published to have it checked.",
+            "%s and %d more tensors could not be verified: the adapter was made on a bfloat16 base and this one is "
+            "float16, or the other way round. Load the base in the precision in which it was published to have it "
+            "checked.",
             unverified[0],
             len(unverified) - 1,
         )

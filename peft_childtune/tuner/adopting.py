@@ -100,9 +100,8 @@ def adopt_state_dict(
                 and (0 if values is None else values.numel()) != (config.child.get(name) or [0])[0]
             ):
                 raise IntegrityError(
-                    f"{name}: adapter_config.json and the weights file list different numbers of kept entries; "
-                    "the two do not "
-                    "belong together."
+                    f"{name}: adapter_config.json and the weights file list different numbers of kept entries; the "
+                    "two do not belong together."
                 )
         if absent := [name for name, key in heads.items() if key not in state_dict]:
             raise IntegrityError(

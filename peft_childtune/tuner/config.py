@@ -84,9 +84,8 @@ class ChildTuningConfig(PeftConfig):
         metadata={
             "help": (
                 "The names of the modules to adapt: a list of names or name endings, a regular expression, or "
-                "`all-linear`. "
-                "`None` means every module with weights inside the repeated transformer blocks, found by structure: "
-                "weights, biases and norms alike, without embeddings, pooler and head."
+                "`all-linear`. `None` means every module with weights inside the repeated transformer blocks, found "
+                "by structure: weights, biases and norms alike, without embeddings, pooler and head."
             )
         },
     )
@@ -98,8 +97,7 @@ class ChildTuningConfig(PeftConfig):
         metadata={
             "help": (
                 "`task_driven` (Child-Tuning-D): a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): "
-                "chosen at "
-                "random, see `resample`."
+                "chosen at random, see `resample`."
             )
         },
     )
@@ -110,8 +108,7 @@ class ChildTuningConfig(PeftConfig):
             "help": (
                 "What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher "
                 "information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need "
-                "data: call "
-                "`select_child_network(model, dataloader)`. `magnitude` and `random` need none."
+                "data: call `select_child_network(model, dataloader)`. `magnitude` and `random` need none."
             )
         },
     )
@@ -119,9 +116,8 @@ class ChildTuningConfig(PeftConfig):
         default="global",
         metadata={
             "help": (
-                "Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), "
-                "`tensor` (each "
-                "tensor) or `row` (each output neuron)."
+                "Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` "
+                "(each tensor) or `row` (each output neuron)."
             )
         },
     )
@@ -129,9 +125,8 @@ class ChildTuningConfig(PeftConfig):
         default="element",
         metadata={
             "help": (
-                "What is kept or left as one: `element`, `row` (an output neuron), `column` (an input) or "
-                "`block` (a square "
-                "tile of `block_size`). Entries of biases and norms always count one by one."
+                "What is kept or left as one: `element`, `row` (an output neuron), `column` (an input) or `block` "
+                "(a square tile of `block_size`). Entries of biases and norms always count one by one."
             )
         },
     )
@@ -140,9 +135,8 @@ class ChildTuningConfig(PeftConfig):
         default=False,
         metadata={
             "help": (
-                "task_free only. `True` draws a new gradient mask at every optimizer step, as in the paper: "
-                "every covered "
-                "weight changes, so the saved delta is dense. `False` keeps one random child."
+                "task_free only. `True` draws a new gradient mask at every optimizer step, as in the paper: every "
+                "covered weight changes, so the saved delta is dense. `False` keeps one random child."
             )
         },
     )
@@ -161,8 +155,7 @@ class ChildTuningConfig(PeftConfig):
         metadata={
             "help": (
                 "`True` starts from a delta of zero: the adapter changes nothing until it is trained. `False` "
-                "starts from "
-                "random values, for tests."
+                "starts from random values, for tests."
             )
         },
     )
@@ -191,8 +184,8 @@ class ChildTuningConfig(PeftConfig):
         metadata={
             "help": (
                 "Kept entries and coded bytes of each covered tensor: written when an adapter is saved, so that "
-                "loaders can "
-                "size its tensors. Its presence means that weights are about to be loaded; leave it alone."
+                "loaders can size its tensors. Its presence means that weights are about to be loaded; leave it "
+                "alone."
             )
         },
     )
@@ -253,18 +246,15 @@ class ChildTuningConfig(PeftConfig):
     def _check_combinations(self) -> None:
         if self.target_parameters is not None:
             raise UnsupportedError(
-                "target_parameters is not supported: name the modules that own the parameters in "
-                "`target_modules`; all "
-                "parameters of a module are covered."
+                "target_parameters is not supported: name the modules that own the parameters in `target_modules`; "
+                "all parameters of a module are covered."
             )
         if self.resample and self.mode != "task_free":
             raise ConfigError(
                 'resample=True belongs to mode="task_free" (Child-Tuning-F); a task-driven child stays fixed.'
             )
-        if self.mode == "task_free" and self.score not in (
-            "fisher",
-            "random",
-        ):  # fisher: the default, not a choice made
+        # "fisher" is the default, not a choice that somebody made
+        if self.mode == "task_free" and self.score not in ("fisher", "random"):
             raise ConfigError(f'score={self.score!r} has no meaning with mode="task_free", which chooses at random.')
         if self.resample and (self.granularity != "element" or self.scope != "global"):
             raise ConfigError(

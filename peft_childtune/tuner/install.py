@@ -109,8 +109,7 @@ def install_children(
     if unknown := set(children) - {name for name, _, _ in covered}:
         raise DeltaError(
             f"{min(unknown)}: the child network has it, but adapter {adapter_name!r} does not cover it; make the "
-            "adapter with the "
-            "`target_modules` for which the child was chosen."
+            "adapter with the `target_modules` for which the child was chosen."
         )
     for name, layer, parameter in covered:
         if name not in children:
@@ -147,8 +146,7 @@ def _check_sizes(name: str, sizes: object, numel: int) -> tuple[int, int]:
     if not (0 <= nnz <= numel and 0 <= coded <= 256 + 16 * nnz and (nnz == 0) == (coded == 0)):
         raise FormatError(
             f"{name}: `child` in adapter_config.json says {sizes!r}, but the tensor has {numel} entries; [kept "
-            "entries, coded "
-            "bytes] is expected. The configuration is damaged: save or fetch the adapter again."
+            "entries, coded bytes] is expected. The configuration is damaged: save or fetch the adapter again."
         )
     return nnz, coded
 

@@ -120,8 +120,8 @@ class ChildTuningModel(BaseTuner):
         if not kept:
             raise TargetError(
                 f"layers_to_transform={wanted!r} (layers_pattern={config.layers_pattern!r}) names none of the "
-                f"{len(blocks)} blocks, "
-                f"{blocks[0]} to {blocks[-1]}. Please specify `target_modules` in `peft_config`, or other layers."
+                f"{len(blocks)} blocks, {blocks[0]} to {blocks[-1]}. Please specify `target_modules` in "
+                "`peft_config`, or other layers."
             )
         return kept
 
@@ -133,9 +133,8 @@ class ChildTuningModel(BaseTuner):
         absent = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
         if absent and len(absent) < len(config.target_modules):  # PEFT has a good message for "none at all"
             raise TargetError(
-                f"target_modules: {', '.join(map(repr, sorted(absent)))} match no module of "
-                f"{type(model).__name__}; remove or "
-                "correct them."
+                f"target_modules: {', '.join(map(repr, sorted(absent)))} match no module of {type(model).__name__}; "
+                "remove or correct them."
             )
 
     @staticmethod
@@ -170,8 +169,7 @@ class ChildTuningModel(BaseTuner):
         if isinstance(target, BaseTunerLayer):
             raise UnsupportedError(
                 f"{current_key}: is adapted by {type(target).__module__} already; merge or unload that adapter "
-                "first, or adapt "
-                "other modules."
+                "first, or adapt other modules."
             )
         if (reason := unsupported_reason(target)) is not None:
             raise TargetError(f"{current_key}: {type(target).__name__} {reason}.")

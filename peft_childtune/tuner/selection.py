@@ -58,9 +58,9 @@ def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     for name, parameter in found.items():
         if parameter.is_meta or type(parameter.data).__name__ == "DTensor" or parameter.numel() == 0:
             raise TargetError(
-                f"{name}: the base weight is on the meta device or sharded, so it cannot be scored; choose the "
-                "child on the "
-                "whole model first and pass it here: select_child_network(model, network=ChildNetwork.load(path))."
+                f"{name}: the base weight is on the meta device or sharded, so it cannot be scored; choose the child "
+                "on the whole model first and pass it here: select_child_network(model, "
+                "network=ChildNetwork.load(path))."
             )
     return found
 
@@ -71,8 +71,7 @@ def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningC
     if config.mode == "task_free" and config.resample:
         logger.warning(
             "resample=True trains every covered weight, a new random %g of them at each step: the saved delta is "
-            "dense, %d values "
-            "long. For a small file keep one random child (resample=False) or choose one by data.",
+            "dense, %d values long. For a small file keep one random child (resample=False) or choose one by data.",
             config.density,
             sum(grid.numel for grid in grids.values()),
         )
@@ -98,9 +97,8 @@ def _check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningCon
         values = layer._values(adapter_name).get(parameter)
         if values is not None and bool(values.detach().any()):
             raise SelectionError(
-                f"{name}: adapter {adapter_name!r} has been trained already, and another child would throw its "
-                "delta away; merge it "
-                "(`merge_and_unload`), delete it, or select for a new adapter."
+                f"{name}: adapter {adapter_name!r} has been trained already, and another child would throw its delta "
+                "away; merge it (`merge_and_unload`), delete it, or select for a new adapter."
             )
 
 

@@ -100,6 +100,8 @@ class ChildCode(nn.Module):
         entry = self._entry(parameter, shape, name)
         if entry is None:
             return torch.zeros(0, dtype=torch.int64, device=device)
+        if isinstance(entry.child.units, ResampledUnits):
+            return entry.child.indices(device=device)  # every position: not worth keeping
         if entry.indices is None or entry.indices.device != device:
             with torch.inference_mode(False):
                 entry.indices = entry.child.indices(device=device).to(device)
