@@ -71,7 +71,9 @@ def train_test(parts: Sequence[Rows], *, train: int | None, test: int, seed: int
     if len(parts) > 1:
         return parts[0].take(orders[0][:train]), parts[1].take(orders[1][:test])
     if len(parts[0]) <= test:
-        raise ValueError(f"{len(parts[0])} rows leave none to train on beside {test} test rows; test on fewer.")
+        raise ValueError(
+            f"{len(parts[0])} rows leave none to train on beside {test} test rows; test on fewer (--test-rows)."
+        )
     return parts[0].take(orders[0][test:][:train]), parts[0].take(orders[0][:test])
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -106,6 +107,10 @@ def parser() -> argparse.ArgumentParser:
 def child_config(args: argparse.Namespace, seed: int) -> ChildTuningConfig:
     """Return the configuration that the command line spells; what it leaves out keeps the library's default."""
     given = {name: value for name, value in vars(args).items() if name in CHILD_FLAGS}
+    for name in ("target_modules", "exclude_modules"):
+        value = given.get(name)
+        if value and len(value) == 1 and (value[0] == "all-linear" or not re.fullmatch(r"[\w.]+", value[0])):
+            given[name] = value[0]  # the shorthand, or a regular expression: PEFT wants these as they are
     return ChildTuningConfig(task_type="SEQ_CLS", seed=seed, **given)
 
 

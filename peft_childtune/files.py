@@ -55,6 +55,10 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         FileNotFoundError: nothing is there.
         FormatError: it is no sound safetensors file.
     """
+    if os.path.isdir(path):
+        raise FormatError(
+            f"{path}: is a folder, no file; an adapter's folder is loaded with `PeftModel.from_pretrained`."
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})

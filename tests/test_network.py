@@ -245,3 +245,8 @@ def test_positions_are_on_the_cpu_and_the_summary_is_short():
     network = ChildNetwork.from_indices({"w": torch.tensor([1, 2])}, {"w": (4,)})
     assert network.indices["w"].device.type == "cpu"
     assert repr(network) == "ChildNetwork(1 tensors, 2 of 4 entries, density 0.5)"
+
+
+def test_a_folder_is_refused_with_what_loads_it(tmp_path):
+    with pytest.raises(FormatError, match="from_pretrained"):
+        ChildNetwork.load(tmp_path)

@@ -18,6 +18,7 @@ from ..scores import magnitude_scores, score_parameters
 from ..sparse import ResampledUnits, SparseDelta, TensorChild, UnitGrid, select_children, select_random_children
 from .config import ChildTuningConfig
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
+from .steps import watch_optimizers
 from .targets import block_names, block_of
 
 __all__ = ["data_free_children", "get_child_network", "get_deltas", "select_child_network", "selection_report"]
@@ -172,6 +173,8 @@ def select_child_network(
     model = _unwrapped(model)
     config = _config_of(model, adapter_name)
     _check_untrained(model, adapter_name, config)
+    if isinstance(dataloader, str | os.PathLike | ChildNetwork):
+        raise ConfigError("dataloader: a child network goes to `network`: select_child_network(model, network=...).")
     record: dict[str, Any] = {"torch_seed": torch.initial_seed()}
     if network is not None:
         if dataloader is not None:
@@ -209,6 +212,11 @@ def select_child_network(
         )
         record |= {"source": config.score, "examples": result.num_examples, "loss": result.loss}
     install_children(model, adapter_name, children, config=config)
+    layers = layers_of(model, adapter_name).values()
+    deltas = [
+        values for layer in layers for values in layer._values(adapter_name).parameters() if values.requires_grad
+    ]
+    watch_optimizers(model, deltas, adapter_name)
     chosen = get_child_network(model, adapter_name)
     config.selection = {**record, "digest": chosen.digest()}
     logger.info("%s", selection_report(model, adapter_name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -14,13 +15,14 @@ from ..codec import advance_step_
 from ..errors import SelectionError
 from .state import ChildCode
 
-__all__ = ["count_steps", "refuse_steps_on"]
+__all__ = ["count_steps", "refuse_steps_on", "watch_optimizers"]
 
 # The parameters whose steps count, and where. Filled in the forward: parameters are exchanged by `.to`, by sharding,
 # by copies.
 _COUNTED: Any = WeakTensorKeyDictionary()
 _HOOK: list[Any] = []
 _REPLACED: Any = WeakTensorKeyDictionary()
+_WATCHED: Any = WeakTensorKeyDictionary()
 _GUARD: list[Any] = []
 
 
@@ -51,7 +53,47 @@ def refuse_steps_on(values: nn.Parameter) -> None:
     _REPLACED[values] = True
 
 
+class _Watch:
+    """The deltas of one child, until an optimizer has stepped on them, or one beside them has twice left them out."""
+
+    def __init__(self, deltas: list[nn.Parameter], adapter_name: str) -> None:
+        self.deltas = [weakref.ref(values) for values in deltas]
+        self.adapter_name = adapter_name
+        self.steps_without = 0
+        self.is_over = False
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        alive = [values for ref in self.deltas if (values := ref()) is not None]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not alive or any(id(values) in held for values in alive):
+            self.is_over = True
+        elif any(values.grad is not None for values in alive):
+            self.steps_without += 1
+            if self.steps_without == 2:  # after one, a second optimizer that holds the child may still follow
+                self.is_over = True
+                warnings.warn(
+                    f"an {type(optimizer).__name__} has stepped twice without the deltas of adapter "
+                    f"{self.adapter_name!r}, so "
+                    "its child is not trained; make the optimizer after `select_child_network`, from the "
+                    "parameters that "
+                    "require gradients.",
+                    stacklevel=4,
+                )
+
+
+def watch_optimizers(model: nn.Module, deltas: list[nn.Parameter], adapter_name: str) -> None:
+    """Warn if an optimizer that was made before the child was chosen trains the rest of the model without it."""
+    if not _GUARD:
+        _GUARD.append(register_optimizer_step_pre_hook(_before_step))
+    watch = _Watch(deltas, adapter_name)
+    for parameter in (*model.parameters(), *deltas):
+        _WATCHED[parameter] = watch
+
+
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    watched = (_WATCHED.get(p) for group in optimizer.param_groups for p in group["params"])
+    if (watch := next((w for w in watched if w is not None), None)) is not None and not watch.is_over:
+        watch.step(optimizer)
     if any(values in _REPLACED for group in optimizer.param_groups for values in group["params"]):
         raise SelectionError(
             f"the {type(optimizer).__name__} holds deltas of a child that was replaced since, so the present child "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,15 @@ def save_tokenizer(folder: Path) -> None:
     )
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def log_levels_stay_here() -> Iterator[None]:
+    """An example's `main` quietens loggers for its own process; here other tests run in it afterwards."""
+    levels = {name: logging.getLogger(name).level for name in ("peft_childtune", "transformers")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")
