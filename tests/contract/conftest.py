@@ -1,4 +1,4 @@
-"""Models on disk, shared by the whole session: loaders need a folder to load the base from."""
+"""Models on disk, shared by the whole run: loaders need a folder to load the base from."""
 
 from __future__ import annotations
 
