@@ -94,6 +94,11 @@ class ChildTuningLayer(BaseTunerLayer):
         shape = tuple(self.base_parameter(parameter).shape)
         return self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
 
+    def indices_in(self, base: Tensor, adapter_name: str, parameter: str) -> Tensor:
+        """Return an adapter's kept positions in a base tensor, which may be gathered from shards, on its device."""
+        code = self._code(adapter_name)
+        return code.indices(parameter, tuple(base.shape), base.device, self.full_name(parameter))
+
     def delta(self, adapter_name: str, parameter: str) -> SparseDelta:
         """Return an adapter's delta of one parameter, as copies."""
         self._require_child(adapter_name)
@@ -148,11 +153,15 @@ class ChildTuningLayer(BaseTunerLayer):
                 edits.append(Edit(values, code.indices(parameter, shape, values.device, owner.full_name(parameter))))
         return edits
 
+    def _owners(self) -> list[ChildTuningLayer]:
+        """Return the layers whose children act on this one: itself, and those that serve its tied parameters."""
+        return [self, *(owner for owner, _ in self._tied.values())]
+
     def _working_adapters(self) -> list[str]:
         """Return the active adapters that take part in this layer's forward; raise where one cannot."""
         if self._disable_adapters:
             return []
-        owners = [self, *(owner for owner, _ in self._tied.values())]
+        owners = self._owners()
         working = []
         for adapter_name in self.active_adapters:
             for owner in owners:
@@ -197,9 +206,7 @@ class ChildTuningLayer(BaseTunerLayer):
             values = self._values(adapter_name).get(parameter)
             if values is not None:
                 weight = self.base_parameter(parameter)
-                code = self._code(adapter_name)
-                indices = code.indices(parameter, tuple(weight.shape), weight.device, self.full_name(parameter))
-                yield parameter, indices, values.detach().to(weight.device)
+                yield parameter, self.indices_in(weight, adapter_name, parameter), values.detach().to(weight.device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weights in place, at the child's positions only.
@@ -215,8 +222,7 @@ class ChildTuningLayer(BaseTunerLayer):
         before = list(self.merged_adapters)
         try:
             for adapter_name in check_adapters_to_merge(self, adapter_names):
-                present = [self, *(owner for owner, _ in self._tied.values())]
-                if not any(adapter_name in owner.child_tuning_values for owner in present):
+                if not any(adapter_name in owner.child_tuning_values for owner in self._owners()):
                     continue
                 plan = list(self._merge_plan(adapter_name)) if adapter_name in self.child_tuning_values else []
                 if safe_merge and not all(self._merges_finite(*step) for step in plan):
@@ -246,9 +252,7 @@ class ChildTuningLayer(BaseTunerLayer):
             adapter_name = self.merged_adapters.pop()
             for parameter, replaced in self._replaced.pop(adapter_name, {}).items():
                 weight = self.base_parameter(parameter)
-                code = self._code(adapter_name)
-                indices = code.indices(parameter, tuple(weight.shape), weight.device, self.full_name(parameter))
-                restore_(weight, indices, replaced)
+                restore_(weight, self.indices_in(weight, adapter_name, parameter), replaced)
 
     def unmerged_base(self, parameter: str, base: Tensor | None = None) -> Tensor:
         """Return a base tensor as it is without any merge: itself, or a copy if something is merged.
@@ -264,9 +268,7 @@ class ChildTuningLayer(BaseTunerLayer):
         weight = weight.clone()
         for adapter_name in reversed(self.merged_adapters):
             if (replaced := self._replaced.get(adapter_name, {}).get(parameter)) is not None:
-                code = self._code(adapter_name)
-                indices = code.indices(parameter, tuple(weight.shape), weight.device, self.full_name(parameter))
-                restore_(weight, indices, replaced)
+                restore_(weight, self.indices_in(weight, adapter_name, parameter), replaced)
         return weight
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -23,8 +23,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def _fingerprint(layer: ChildTuningLayer, adapter_name: str, parameter: str, base: Tensor | None) -> Fingerprint:
     base = layer.unmerged_base(parameter, base)
-    code = layer._code(adapter_name)
-    return fingerprint(base, code.indices(parameter, tuple(base.shape), base.device, layer.full_name(parameter)))
+    return fingerprint(base, layer.indices_in(base, adapter_name, parameter))
 
 
 def adapter_state_dict(
