@@ -2,6 +2,22 @@
 
 from .compose import Edit, compose_parameter
 from .gate import StepGate
+from .hull import Hull, hull_of
 from .linear import child_linear
+from .ops import plain_linear
+from .options import KernelOptions, kernel_options, use_kernels
+from .reuse import ComposedWeights
 
-__all__ = ["Edit", "StepGate", "child_linear", "compose_parameter"]
+__all__ = [
+    "ComposedWeights",
+    "Edit",
+    "Hull",
+    "KernelOptions",
+    "StepGate",
+    "child_linear",
+    "compose_parameter",
+    "hull_of",
+    "kernel_options",
+    "plain_linear",
+    "use_kernels",
+]

@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from ..sparse import compose
 from .gate import StepGate
+from .hull import Hull
 
-__all__ = ["Edit", "compose_all", "compose_parameter", "flatten_edits", "gradients_of_values"]
+__all__ = ["Edit", "compose_all", "compose_parameter"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,18 +23,15 @@ class Edit:
 
     Attributes:
         values: `(nnz,)`, the delta, floating point.
-        indices: int64, `(nnz,)`, flat positions, strictly increasing; None for every position in order.
+        indices: int64 or int32, `(nnz,)`, flat positions, strictly increasing; None for every position in order.
         gate: the gradient mask of the current step (Child-Tuning-F), or None.
+        hull: the rows and columns of a matrix that hold these positions; None for all.
     """
 
     values: Tensor
     indices: Tensor | None
     gate: StepGate | None = None
-
-
-def flatten_edits(edits: Sequence[Edit]) -> tuple[tuple[StepGate | None, ...], list[Tensor | None]]:
-    """Return gates, and all values followed by all indices: autograd Functions see only flat tensor arguments."""
-    return tuple(e.gate for e in edits), [*(e.values for e in edits), *(e.indices for e in edits)]
+    hull: Hull | None = None
 
 
 def compose_all(base: Tensor, values: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Tensor:
@@ -45,25 +43,6 @@ def compose_all(base: Tensor, values: Sequence[Tensor], indices: Sequence[Tensor
         else:
             base = compose(base, positions, delta)
     return base
-
-
-def gradients_of_values(
-    gradient: Tensor,
-    values: Sequence[Tensor],
-    indices: Sequence[Tensor | None],
-    gates: Sequence[StepGate | None],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Return the gradient of each delta, given the `gradient` of the composed weight; None where not `needed`."""
-    flat = gradient.reshape(-1)
-    out: list[Tensor | None] = []
-    for delta, positions, gate, wanted in zip(values, indices, gates, needed, strict=True):
-        if not wanted:
-            out.append(None)
-            continue
-        kept = (flat if positions is None else flat[positions]).to(delta.dtype)
-        out.append(kept if gate is None else gate(kept))
-    return out
 
 
 class _Compose(torch.autograd.Function):
@@ -81,9 +60,16 @@ class _Compose(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if gradient.is_sparse:  # nn.Embedding(sparse=True)
             gradient = gradient.to_dense()
-        kept = gradients_of_values(
-            gradient, tensors[:count], tensors[count:], ctx.gates, ctx.needs_input_grad[2 : 2 + count]
-        )
+        flat = gradient.reshape(-1)
+        kept: list[Tensor | None] = []
+        for delta, positions, gate, wanted in zip(
+            tensors[:count], tensors[count:], ctx.gates, ctx.needs_input_grad[2 : 2 + count], strict=True
+        ):
+            if not wanted:
+                kept.append(None)
+                continue
+            entries = (flat if positions is None else flat.index_select(0, positions)).to(delta.dtype)
+            kept.append(entries if gate is None else gate(entries))
         return gradient if ctx.needs_input_grad[0] else None, None, *kept, *([None] * count)
 
 
@@ -105,5 +91,8 @@ def compose_parameter(base: Tensor, edits: Sequence[Edit]) -> Tensor:
         >>> values.grad.tolist()
         [2.0]
     """
-    gates, tensors = flatten_edits(edits)
+    tensors = [*(edit.values for edit in edits), *(edit.indices for edit in edits)]
+    if not torch.is_grad_enabled():
+        return compose_all(base, tensors[: len(edits)], tensors[len(edits) :])  # type: ignore[arg-type]
+    gates = tuple(edit.gate for edit in edits)
     return _Compose.apply(base, gates, *tensors)  # type: ignore[no-any-return, no-untyped-call]

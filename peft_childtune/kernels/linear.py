@@ -11,21 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from .compose import Edit, compose_all, flatten_edits, gradients_of_values
+from .compose import Edit
 from .gate import StepGate
+from .ops import delta_gradients, input_gradient, linear_output
 
-__all__ = ["child_linear", "plain_linear"]
-
-
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
-    """Return the very operation of `nn.Linear`, or of GPT-2's `Conv1D` (weight `(in, out)`), so that bits agree."""
-    if not transposed:
-        return F.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    out = torch.mm(flat, weight) if bias is None else torch.addmm(bias, flat, weight)
-    return out.view(*x.shape[:-1], weight.shape[1])
+__all__ = ["child_linear"]
 
 
 class _ChildLinear(torch.autograd.Function):
@@ -43,35 +34,32 @@ class _ChildLinear(torch.autograd.Function):
         ctx.gates, ctx.transposed = gates, transposed
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, *tensors)
-        composed = compose_all(weight, tensors[:count], tensors[count:])  # type: ignore[arg-type]
-        out = plain_linear(x, composed, bias, transposed=transposed)
-        # a view made in here could not be changed in place by the model's code, as DeBERTa and inplace ReLUs do
-        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+        return linear_output(x, weight, bias, tensors[:count], tensors[count : 2 * count], transposed)  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *tensors = ctx.saved_tensors
         count = len(ctx.gates)
-        values, indices = tensors[:count], tensors[count:]
+        values, indices, rows, columns = (tensors[i * count : (i + 1) * count] for i in range(4))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_values = ctx.needs_input_grad[5 : 5 + count]
-        # Under autocast the gradient comes in the low precision in which the forward multiplied.
         flat = gradient.reshape(-1, gradient.shape[-1])
+        inputs = x.reshape(-1, x.shape[-1]).to(flat.dtype)
         grad_x = grad_weight = grad_bias = None
         kept: list[Tensor | None] = [None] * count
         if needs_x:
-            composed = compose_all(weight, values, indices).to(flat.dtype)
-            grad_x = (flat @ (composed.t() if ctx.transposed else composed)).view(x.shape).to(x.dtype)
-            del composed
-        if needs_weight or any(needs_values):
-            inputs = x.reshape(-1, x.shape[-1]).to(flat.dtype)
-            dense = inputs.t() @ flat if ctx.transposed else flat.t() @ inputs
-            kept = gradients_of_values(dense, values, indices, ctx.gates, needs_values)
-            grad_weight = dense.to(weight.dtype) if needs_weight else None
+            grad_x = input_gradient(flat, weight, values, indices, ctx.transposed).view(x.shape).to(x.dtype)
+        if needs_weight:  # a base that is trained beside the child
+            grad_weight = (inputs.t() @ flat if ctx.transposed else flat.t() @ inputs).to(weight.dtype)
+        if any(needs_values):
+            found = delta_gradients(flat, inputs, indices, rows, columns, needs_values, ctx.transposed)
+            for i, (delta, entries, gate) in enumerate(zip(values, found, ctx.gates, strict=True)):
+                if needs_values[i]:
+                    kept[i] = entries.to(delta.dtype) if gate is None else gate(entries.to(delta.dtype))
         if needs_bias:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, *kept, *([None] * count)
+        return grad_x, grad_weight, grad_bias, None, None, *kept, *([None] * 3 * count)
 
 
 def child_linear(
@@ -96,5 +84,19 @@ def child_linear(
         >>> child_linear(torch.ones(1, 2), torch.zeros(2, 2), None, [edit]).tolist()
         [[0.0, 1.0]]
     """
-    gates, tensors = flatten_edits(edits)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # as autocast would: once here, so that the backward finds the input in the precision of the forward
+        low = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(low), None if bias is None else bias.to(low)
+    hulls = [edit.hull for edit in edits]
+    tensors: list[Tensor | None] = [
+        *(edit.values for edit in edits),
+        *(edit.indices for edit in edits),
+        *(None if hull is None else hull.rows for hull in hulls),
+        *(None if hull is None else hull.columns for hull in hulls),
+    ]
+    if not torch.is_grad_enabled():
+        count = len(edits)
+        return linear_output(x, weight, bias, tensors[:count], tensors[count : 2 * count], transposed)  # type: ignore[arg-type]
+    gates = tuple(edit.gate for edit in edits)
     return _ChildLinear.apply(x, weight, bias, transposed, gates, *tensors)  # type: ignore[no-any-return, no-untyped-call]

@@ -111,7 +111,7 @@ def compose(base: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 
     Args:
         base: any shape and layout, floating point; left as it is.
-        indices: int64, `(nnz,)`, flat row-major positions.
+        indices: int64 or int32, `(nnz,)`, flat row-major positions, none of them twice.
         values: `(nnz,)`, the delta.
 
     Example:
@@ -121,5 +121,8 @@ def compose(base: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """
     composed = base.detach().clone(memory_format=torch.contiguous_format)
     flat = composed.view(-1)
-    flat.index_copy_(0, indices, compose_entries(flat.index_select(0, indices), values.detach()))
+    if base.dtype in (torch.float32, torch.float64):  # the same sum, in one pass instead of three
+        flat.index_add_(0, indices, values.detach().to(base.dtype))
+    else:
+        flat.index_copy_(0, indices.long(), compose_entries(flat.index_select(0, indices), values.detach()))
     return composed

@@ -6,11 +6,10 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
-from ..kernels import child_linear, compose_parameter
+from ..kernels import child_linear, compose_parameter, plain_linear
 from .layer import ChildTuningLayer
 from .targets import covered_names
 
@@ -42,18 +41,21 @@ class Linear(ChildTuningLayer, nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
         adapters = self._adapters_of_forward(kwargs)
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         base = self.get_base_layer()
-        edits = self._edits("weight", adapters) if adapters else []
-        bias_edits = self._edits("bias", adapters) if adapters and base.bias is not None else []
+        edits = self._edits("weight", adapters)
+        bias_edits = self._edits("bias", adapters) if base.bias is not None else []
         if not edits and not bias_edits:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        bias = compose_parameter(self.base_parameter("bias"), bias_edits) if bias_edits else base.bias
+        bias = self.composed("bias", bias_edits) if bias_edits else base.bias
         if any(getattr(base, hooks) for hooks in _HOOKS):  # their owner expects them to run at every forward
             weight = compose_parameter(self.base_parameter("weight"), edits)
             return _stand_in(base, {"weight": weight, "bias": bias})(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if not edits and not self._transposed:
-            return F.linear(x, base.weight, bias)  # type: ignore[arg-type]
-        return child_linear(x, base.weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
+        if edits and not self.reuses_composed(x.numel() // max(x.shape[-1], 1)):
+            return child_linear(x, base.weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
+        weight = self.composed("weight", edits) if edits else base.weight
+        return plain_linear(x, weight, bias, transposed=self._transposed)  # type: ignore[arg-type]
 
 
 class _Watched(dict[str, Any]):
@@ -83,7 +85,7 @@ class Module(ChildTuningLayer, nn.Module):
         composed = {}
         for name in covered_names(base) if adapters else ():
             if edits := self._edits(name, adapters):
-                composed[name] = compose_parameter(self.base_parameter(name), edits)
+                composed[name] = self.composed(name, edits)
         if not composed:
             return self.base_layer(*args, **kwargs)
         parameters = {**base._parameters, **composed}

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..codec import decode_child
 from ..errors import IntegrityError
+from ..kernels import Hull, hull_of
 from ..sparse import ResampledUnits, TensorChild
 
-__all__ = ["ChildCode", "ChildValues"]
+__all__ = ["ChildCode", "ChildValues", "Decoded"]
 
 
 class ChildValues(nn.Module):
@@ -24,17 +25,31 @@ class ChildValues(nn.Module):
 
 
 @dataclass
-class _Decoded:
+class Decoded:
+    """A coded child, decoded for one device.
+
+    Attributes:
+        code: the buffer it was decoded from.
+        version: of that buffer, then.
+        device: of `indices`.
+        indices: `(nnz,)`, flat positions, int32 where they fit: half the memory; None if `resampled`.
+        resampled: the rule of a child that has no fixed positions.
+        hull: of the positions in a matrix; None for other shapes, and for all of it.
+    """
+
     code: Tensor
     version: int
-    child: TensorChild
-    indices: Tensor | None = None
+    device: torch.device
+    indices: Tensor | None
+    resampled: ResampledUnits | None
+    hull: Hull | None
 
-    def is_of(self, code: Tensor) -> bool:
+    def is_of(self, code: Tensor, device: torch.device) -> bool:
         """Return whether this was decoded from that buffer as it is: DDP, for one, copies into buffers in place."""
-        if self.code is not code:
+        if self.code is not code or self.device != device:
             return False
-        return self.version == _version(code) or isinstance(self.child.units, ResampledUnits)  # its steps count up
+        # resampled children count their steps in it; a traced program could not ask for a version
+        return self.resampled is not None or torch.compiler.is_compiling() or self.version == _version(code)
 
 
 def _version(code: Tensor) -> int:
@@ -52,7 +67,7 @@ class ChildCode(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.selected = False
-        self._decoded: dict[str, _Decoded] = {}
+        self._decoded: dict[str, Decoded] = {}
 
     def get(self, parameter: str) -> Tensor:
         """Return the coded child of one base parameter, uint8."""
@@ -72,40 +87,59 @@ class ChildCode(nn.Module):
         self._decoded.clear()
         self.selected = False
 
-    def _entry(self, parameter: str, shape: tuple[int, ...], name: str) -> _Decoded | None:
+    def decoded(self, parameter: str, base: Tensor, name: str) -> Decoded | None:
+        """Return the decoded child of one base parameter, or None where nothing was kept.
+
+        Args:
+            parameter: its name in the layer.
+            base: of the parameter's shape, on the device where the positions are wanted.
+            name: the parameter's full name, for errors.
+        """
         code = self._buffers.get(parameter)
         if code is None:
             return None
         entry = self._decoded.get(parameter)
-        if entry is None or not entry.is_of(code):
-            if code.device.type == "meta":
-                raise IntegrityError(
-                    f"{name}: the child is on the meta device: its adapter's weights were never loaded."
-                )
-            try:
-                with torch.inference_mode(False):  # kept for training, which cannot save an inference tensor
-                    entry = _Decoded(code, _version(code), decode_child(code.cpu(), shape=shape))
-            except ValueError as error:
-                raise type(error)(f"{name}: {error}") from error
-            self._decoded[parameter] = entry
+        if entry is None or not entry.is_of(code, base.device):
+            entry = self._decoded[parameter] = self._decode(code, base, name)
         return entry
+
+    @torch.compiler.disable
+    def _decode(self, code: Tensor, base: Tensor, name: str) -> Decoded:
+        with torch.inference_mode(False):  # kept for training, which cannot save an inference tensor
+            child = self.child_of(code, tuple(base.shape), name)
+            if isinstance(child.units, ResampledUnits):
+                return Decoded(code, _version(code), base.device, None, child.units, None)
+            fits = base.numel() <= torch.iinfo(torch.int32).max
+            indices = child.indices(device=base.device).to(base.device, torch.int32 if fits else torch.int64)
+            hull = hull_of(indices, (base.shape[0], base.shape[1])) if base.ndim == 2 else None
+            return Decoded(code, _version(code), base.device, indices, None, hull)
+
+    @staticmethod
+    def child_of(code: Tensor, shape: tuple[int, ...], name: str) -> TensorChild:
+        """Return the child that a code holds, for a tensor of that shape.
+
+        Raises:
+            IntegrityError: the code was never loaded.
+            FormatError: it is damaged.
+        """
+        if code.device.type == "meta":
+            raise IntegrityError(f"{name}: the child is on the meta device: its adapter's weights were never loaded.")
+        try:
+            return decode_child(code.cpu(), shape=shape)
+        except ValueError as error:
+            raise type(error)(f"{name}: {error}") from error
 
     def child(self, parameter: str, shape: tuple[int, ...], name: str) -> TensorChild | None:
         """Return the child of one base parameter of that shape, or None where nothing was kept."""
-        entry = self._entry(parameter, shape, name)
-        return None if entry is None else entry.child
+        code = self._buffers.get(parameter)
+        return None if code is None else self.child_of(code, shape, name)
 
-    def indices(self, parameter: str, shape: tuple[int, ...], device: torch.device, name: str) -> Tensor:
-        """Return the kept positions of one base parameter: int64, `(nnz,)`, flat, strictly increasing."""
-        entry = self._entry(parameter, shape, name)
+    def indices(self, parameter: str, base: Tensor, name: str) -> Tensor:
+        """Return the kept positions of one base parameter: int32 or int64, `(nnz,)`, flat, strictly increasing."""
+        entry = self.decoded(parameter, base, name)
         if entry is None:
-            return torch.zeros(0, dtype=torch.int64, device=device)
-        if isinstance(entry.child.units, ResampledUnits):
-            return entry.child.indices(device=device)  # every position: not worth keeping
-        if entry.indices is None or entry.indices.device != device:
-            with torch.inference_mode(False):
-                entry.indices = entry.child.indices(device=device).to(device)
-        return entry.indices
+            return torch.zeros(0, dtype=torch.int64, device=base.device)
+        return torch.arange(base.numel(), device=base.device) if entry.indices is None else entry.indices
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._decoded.clear()  # `load_state_dict` writes into the buffers in place

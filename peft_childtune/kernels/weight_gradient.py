@@ -1,0 +1,119 @@
+"""The gradient of a child's delta from a layer's input and output gradient, at a cost that follows the child."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .hull import Hull
+from .options import WeightGradient, kernel_options
+
+__all__ = ["child_gradient", "choose_path"]
+
+CHUNK = 128  # tokens that are transposed at a time: they stay in the cache, and cost no memory to speak of
+
+# Costs in multiply-adds of a dense product, measured by examples/benchmarks/step.py --kernels (CPU, float32):
+SAMPLED_COST = 7.5  # one kept entry, one token
+TRANSPOSE_COST = 80.0  # one row or column of the hull, one token, brought into the order that `sampled` reads
+SELECT_COST = 40.0  # one row or column picked out of the others, one token
+CALL_COST = 1e6  # of a `sampled` product, whatever its size
+
+
+def choose_path(hull: Hull, *, nnz: int, tokens: int, dtype: torch.dtype, device: torch.device) -> WeightGradient:
+    """Return the path of the least estimated cost, or the one that `use_kernels` forces.
+
+    The entry-by-entry product is a candidate on CPUs in float32 and float64 only. A CPU's low-precision dense product
+    is 3 to 4 times as fast as its float32 one, and an accelerator's faster still relative to scattered reads.
+    """
+    if kernel_options.weight_gradient is not None:
+        path = kernel_options.weight_gradient
+        return "hull" if path == "sampled" and not _can_sample(device.type) else path
+    rows, columns = hull.size
+    cost: dict[WeightGradient, float] = {
+        "gather": math.prod(hull.shape) * tokens,
+        "hull": (rows * columns + _selection_cost(hull)) * tokens,
+    }
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        per_token = SAMPLED_COST * nnz + TRANSPOSE_COST * (rows + columns) + _selection_cost(hull)
+        cost["sampled"] = per_token * tokens + CALL_COST
+    return min(cost, key=cost.__getitem__)
+
+
+def _selection_cost(hull: Hull) -> float:
+    picked = [part.numel() for part in (hull.rows, hull.columns) if part is not None]
+    return SELECT_COST * sum(picked)
+
+
+def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tensor:
+    """Return the entries of `a.T @ b` at a child's positions.
+
+    Args:
+        a: `(tokens, rows)`, floating point.
+        b: `(tokens, columns)`, of the same dtype.
+        indices: `(nnz,)`, flat positions in `(rows, columns)`, strictly increasing.
+        hull: of these positions.
+
+    Returns:
+        `(nnz,)`, of the dtype of `a`.
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
+        >>> child_gradient(a, b, indices=torch.tensor([1, 2]), hull=Hull((2, 2))).tolist()
+        [5.0, 6.0]
+
+    Source: SDDMM, sampled dense-dense matrix multiplication, as `torch.sparse.sampled_addmm`.
+    """
+    path = choose_path(hull, nnz=indices.numel(), tokens=a.shape[0], dtype=a.dtype, device=a.device)
+    if path == "gather":
+        return (a.t() @ b).reshape(-1).index_select(0, indices)
+    if path == "sampled":
+        return _sampled(a, b, indices, hull)
+    dense = _columns(a, hull.rows).t() @ _columns(b, hull.columns)
+    if dense.numel() == indices.numel():  # the child fills its hull, as children of rows and columns do
+        return dense.reshape(-1)
+    row, column = hull.place(indices)
+    return dense.reshape(-1).index_select(0, row * dense.shape[1] + column)
+
+
+def _columns(matrix: Tensor, kept: Tensor | None) -> Tensor:
+    return matrix if kept is None else matrix.index_select(1, kept)
+
+
+def _sampled(a: Tensor, b: Tensor, indices: Tensor, hull: Hull) -> Tensor:
+    """Return the entries one by one: each a scalar product over the tokens, which must lie side by side for it."""
+    dtype = a.dtype if a.dtype in (torch.float32, torch.float64) else torch.float32
+    rows = hull.size[0]
+    row, column = hull.place(indices)
+    starts = torch.searchsorted(row, torch.arange(rows + 1, dtype=row.dtype, device=row.device), out_int32=True)
+    entries = torch.zeros(indices.numel(), dtype=dtype, device=a.device)
+    _pass_the_beta_warning()
+    product = torch.sparse_csr_tensor(starts, column.to(torch.int32), entries, size=hull.size, check_invariants=False)
+    for start in range(0, a.shape[0], CHUNK):
+        one, other = a[start : start + CHUNK].to(dtype), b[start : start + CHUNK].to(dtype)
+        product = torch.sparse.sampled_addmm(product, _columns(one, hull.rows).t(), _columns(other, hull.columns))
+    return product.values().to(a.dtype)
+
+
+@lru_cache(maxsize=1)
+def _pass_the_beta_warning() -> None:
+    """Let torch give its warning about compressed tensors, which it gives once, where nobody has to read it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), dtype=torch.float32)
+
+
+@lru_cache(maxsize=8)
+def _can_sample(device_type: str) -> bool:
+    """Return whether torch has the entry-by-entry product for a kind of device: not every build does."""
+    one = torch.ones(1, 1, device=device_type)
+    _pass_the_beta_warning()
+    try:
+        place = torch.tensor([0, 1], dtype=torch.int32, device=device_type)
+        product = torch.sparse_csr_tensor(place, place[:1], one[0], size=(1, 1), check_invariants=False)
+        return bool(torch.sparse.sampled_addmm(product, one, one).values().item() == 2)
+    except (NotImplementedError, RuntimeError):
+        return False
