@@ -89,6 +89,8 @@ def _store_(code: Tensor, step: Tensor) -> None:
 
 
 def _is_viewable(tail: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # a traced program cannot ask where a tensor begins
+        return False
     return tail.stride(0) == 1 and tail.storage_offset() % _BYTES == 0 and sys.byteorder == "little"
 
 

@@ -27,6 +27,7 @@ class _ChildLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         transposed: bool,
+        cast: bool,
         gates: tuple[StepGate | None, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -34,7 +35,7 @@ class _ChildLinear(torch.autograd.Function):
         ctx.gates, ctx.transposed = gates, transposed
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, *tensors)
-        return linear_output(x, weight, bias, tensors[:count], tensors[count : 2 * count], transposed)  # type: ignore[arg-type]
+        return linear_output(x, weight, bias, tensors[:count], tensors[count : 2 * count], transposed, cast)  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable
@@ -43,7 +44,7 @@ class _ChildLinear(torch.autograd.Function):
         count = len(ctx.gates)
         values, indices, rows, columns = (tensors[i * count : (i + 1) * count] for i in range(4))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs_values = ctx.needs_input_grad[5 : 5 + count]
+        needs_values = ctx.needs_input_grad[6 : 6 + count]
         flat = gradient.reshape(-1, gradient.shape[-1])
         inputs = x.reshape(-1, x.shape[-1]).to(flat.dtype)
         grad_x = grad_weight = grad_bias = None
@@ -59,7 +60,7 @@ class _ChildLinear(torch.autograd.Function):
                     kept[i] = entries.to(delta.dtype) if gate is None else gate(entries.to(delta.dtype))
         if needs_bias:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, *kept, *([None] * 3 * count)
+        return grad_x, grad_weight, grad_bias, None, None, None, *kept, *([None] * 3 * count)
 
 
 def child_linear(
@@ -84,19 +85,17 @@ def child_linear(
         >>> child_linear(torch.ones(1, 2), torch.zeros(2, 2), None, [edit]).tolist()
         [[0.0, 1.0]]
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        # as autocast would: once here, so that the backward finds the input in the precision of the forward
+    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    if cast:  # here rather than in the product, so that the backward finds the input in the forward's precision
         low = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(low), None if bias is None else bias.to(low)
     hulls = [edit.hull for edit in edits]
-    tensors: list[Tensor | None] = [
-        *(edit.values for edit in edits),
-        *(edit.indices for edit in edits),
-        *(None if hull is None else hull.rows for hull in hulls),
-        *(None if hull is None else hull.columns for hull in hulls),
-    ]
+    values, indices = [edit.values for edit in edits], [edit.indices for edit in edits]
     if not torch.is_grad_enabled():
-        count = len(edits)
-        return linear_output(x, weight, bias, tensors[:count], tensors[count : 2 * count], transposed)  # type: ignore[arg-type]
+        return linear_output(x, weight, bias, values, indices, transposed, cast)
+    rows = [None if hull is None else hull.rows for hull in hulls]
+    columns = [None if hull is None else hull.columns for hull in hulls]
     gates = tuple(edit.gate for edit in edits)
-    return _ChildLinear.apply(x, weight, bias, transposed, gates, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _ChildLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, weight, bias, transposed, cast, gates, *values, *indices, *rows, *columns
+    )

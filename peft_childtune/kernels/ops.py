@@ -35,10 +35,11 @@ def _linear_output(
     values: Sequence[Tensor],
     indices: Sequence[Tensor | None],
     transposed: bool,
+    cast: bool,
 ) -> Tensor:
     composed = compose_all(weight, values, indices)
-    if torch.is_autocast_enabled(x.device.type):
-        composed = composed.to(x.dtype)  # else autocast would keep its copy of this one until its end
+    if cast:
+        composed = composed.to(x.dtype)
     out = plain_linear(x, composed, bias, transposed=transposed)
     # a view made in here could not be changed in place by the model's code, as DeBERTa and inplace ReLUs do
     return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
@@ -90,6 +91,7 @@ def _(
     values: Sequence[Tensor],
     indices: Sequence[Tensor | None],
     transposed: bool,
+    cast: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
 
@@ -123,10 +125,21 @@ def linear_output(
     values: Sequence[Tensor],
     indices: Sequence[Tensor | None],
     transposed: bool,
+    cast: bool,
 ) -> Tensor:
-    """Return the output `(..., out)` of a linear layer over `weight` with deltas added; nothing else stays."""
+    """Return the output `(..., out)` of a linear layer over `weight` with deltas added; nothing else stays.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`, or `(in, out)` if `transposed`.
+        bias: `(out,)` or None.
+        values: the deltas.
+        indices: of each delta, flat; None for every position.
+        transposed: see `weight`.
+        cast: multiply in the precision of `x`, as autocast does, rather than refuse another one of the weight.
+    """
     run = _linear_operator if torch.compiler.is_compiling() else _linear_output
-    return run(x, weight, bias, values, indices, transposed)
+    return run(x, weight, bias, values, indices, transposed, cast)
 
 
 def input_gradient(

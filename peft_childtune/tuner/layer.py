@@ -134,7 +134,21 @@ class ChildTuningLayer(BaseTunerLayer):
         self._composed.clear()
         for adapter_name in list(self._pending):
             self.resolve_pending(adapter_name, may_be_empty=True)
+        self._count_steps()
         return super().train(mode)  # type: ignore[misc]
+
+    def _count_steps(self) -> None:
+        """Let the optimizer steps of resampled children count, for a forward that is compiled and cannot ask for it."""
+        for adapter_name in self.child_tuning_code:
+            for parameter in self.covered:
+                values = self._values(adapter_name).get(parameter)
+                if values is None or values.is_meta:
+                    continue
+                found = self._code(adapter_name).decoded(
+                    parameter, self.base_parameter(parameter), self.full_name(parameter)
+                )
+                if found is not None and found.resampled is not None:
+                    count_steps(values, self._code(adapter_name), parameter)
 
     def _edits(self, parameter: str, adapters: list[str]) -> list[Edit]:
         """Return what some adapters do to a parameter, in their order."""
@@ -153,7 +167,7 @@ class ChildTuningLayer(BaseTunerLayer):
             if (rule := found.resampled) is None:
                 edits.append(Edit(values, found.indices, hull=found.hull))
                 continue
-            if torch.is_grad_enabled() and values.requires_grad:
+            if torch.is_grad_enabled() and values.requires_grad and not torch.compiler.is_compiling():
                 count_steps(values, code, parameter)
             gate = StepGate(rule.seed, rule.stream, rule.density, step_view(code.get(parameter)))
             edits.append(Edit(values, None, gate))

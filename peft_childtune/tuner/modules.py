@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -54,7 +55,7 @@ class Linear(ChildTuningLayer, nn.Module):
             return _stand_in(base, {"weight": weight, "bias": bias})(x, *args, **kwargs)  # type: ignore[no-any-return]
         if edits and not self.reuses_composed(x.numel() // max(x.shape[-1], 1)):
             return child_linear(x, base.weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
-        weight = self.composed("weight", edits) if edits else base.weight
+        weight = self.composed("weight", edits) if edits else self.base_parameter("weight")
         return plain_linear(x, weight, bias, transposed=self._transposed)  # type: ignore[arg-type]
 
 
@@ -88,6 +89,8 @@ class Module(ChildTuningLayer, nn.Module):
                 composed[name] = self.composed(name, edits)
         if not composed:
             return self.base_layer(*args, **kwargs)
+        if torch.compiler.is_compiling() and all(self._names(name) for name in composed):
+            return torch.func.functional_call(base, composed, args, kwargs)
         parameters = {**base._parameters, **composed}
         if self._proven.issuperset(composed):
             return _stand_in(base, parameters)(*args, **kwargs)
@@ -100,6 +103,12 @@ class Module(ChildTuningLayer, nn.Module):
             )
         self._proven |= set(composed)
         return out
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _names(self, parameter: str) -> bool:
+        """Return whether the forward surely reads a parameter: tracing cannot watch it, but its code names what it reads."""
+        code = getattr(type(self.get_base_layer()).forward, "__code__", None)
+        return parameter in self._proven or (code is not None and parameter in code.co_names)
 
 
 def wrap(target: nn.Module, module_name: str) -> Linear | Module:

@@ -48,8 +48,7 @@ class Decoded:
         """Return whether this was decoded from that buffer as it is: DDP, for one, copies into buffers in place."""
         if self.code is not code or self.device != device:
             return False
-        # resampled children count their steps in it; a traced program could not ask for a version
-        return self.resampled is not None or torch.compiler.is_compiling() or self.version == _version(code)
+        return self.resampled is not None or self.version == _version(code)  # resampled children count steps in it
 
 
 def _version(code: Tensor) -> int:
@@ -95,24 +94,27 @@ class ChildCode(nn.Module):
             base: of the parameter's shape, on the device where the positions are wanted.
             name: the parameter's full name, for errors.
         """
-        code = self._buffers.get(parameter)
-        if code is None:
+        if parameter not in self._buffers:
             return None
-        entry = self._decoded.get(parameter)
-        if entry is None or not entry.is_of(code, base.device):
-            entry = self._decoded[parameter] = self._decode(code, base, name)
-        return entry
+        self._decode(parameter, tuple(base.shape), base.device, name)
+        return self._decoded[parameter]
 
-    @torch.compiler.disable
-    def _decode(self, code: Tensor, base: Tensor, name: str) -> Decoded:
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _decode(self, parameter: str, shape: tuple[int, ...], device: torch.device, name: str) -> None:
+        """Decode a child, unless that is done: `torch.compile` does it while it traces."""
+        code = self.get(parameter)
+        if (entry := self._decoded.get(parameter)) is not None and entry.is_of(code, device):
+            return
         with torch.inference_mode(False):  # kept for training, which cannot save an inference tensor
-            child = self.child_of(code, tuple(base.shape), name)
+            child = self.child_of(code, shape, name)
             if isinstance(child.units, ResampledUnits):
-                return Decoded(code, _version(code), base.device, None, child.units, None)
-            fits = base.numel() <= torch.iinfo(torch.int32).max
-            indices = child.indices(device=base.device).to(base.device, torch.int32 if fits else torch.int64)
-            hull = hull_of(indices, (base.shape[0], base.shape[1])) if base.ndim == 2 else None
-            return Decoded(code, _version(code), base.device, indices, None, hull)
+                entry = Decoded(code, _version(code), device, None, child.units, None)
+            else:
+                fits = child.grid.numel <= torch.iinfo(torch.int32).max
+                indices = child.indices(device=device).to(device, torch.int32 if fits else torch.int64)
+                hull = hull_of(indices, (shape[0], shape[1])) if len(shape) == 2 else None
+                entry = Decoded(code, _version(code), device, indices, None, hull)
+        self._decoded[parameter] = entry
 
     @staticmethod
     def child_of(code: Tensor, shape: tuple[int, ...], name: str) -> TensorChild:
