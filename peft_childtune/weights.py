@@ -25,8 +25,8 @@ def merge_(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     """
     flat = weight.data.view(-1)
     positions = indices.to(flat.device)
-    replaced = flat[positions]
-    flat[positions] = compose_entries(replaced, values.to(flat.device))
+    replaced = flat.index_select(0, positions)
+    flat.index_put_((positions.long(),), compose_entries(replaced, values.to(flat.device)))
     return replaced
 
 
@@ -34,7 +34,7 @@ def merge_(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
 def restore_(weight: Tensor, indices: Tensor, replaced: Tensor) -> None:
     """Write the entries that `merge_` replaced back into `weight` in place, bit for bit."""
     flat = weight.data.view(-1)
-    flat[indices.to(flat.device)] = replaced.to(flat)
+    flat.index_put_((indices.to(flat.device).long(),), replaced.to(flat))
 
 
 def _raw(tensor: Tensor) -> memoryview:

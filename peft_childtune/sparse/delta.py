@@ -124,5 +124,5 @@ def compose(base: Tensor, indices: Tensor, values: Tensor) -> Tensor:
     if base.dtype in (torch.float32, torch.float64):  # the same sum, in one pass instead of three
         flat.index_add_(0, indices, values.detach().to(base.dtype))
     else:
-        flat.index_copy_(0, indices.long(), compose_entries(flat.index_select(0, indices), values.detach()))
+        flat.index_put_((indices.long(),), compose_entries(flat.index_select(0, indices), values.detach()))
     return composed

@@ -138,7 +138,7 @@ class ChildTuningLayer(BaseTunerLayer):
         return super().train(mode)  # type: ignore[misc]
 
     def _count_steps(self) -> None:
-        """Let the optimizer steps of resampled children count, for a forward that is compiled and cannot ask for it."""
+        """Let the optimizer steps of resampled children count: a compiled forward cannot ask for it."""
         for adapter_name in self.child_tuning_code:
             for parameter in self.covered:
                 values = self._values(adapter_name).get(parameter)

@@ -106,7 +106,7 @@ class Module(ChildTuningLayer, nn.Module):
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _names(self, parameter: str) -> bool:
-        """Return whether the forward surely reads a parameter: tracing cannot watch it, but its code names what it reads."""
+        """Return whether the forward surely reads a parameter: tracing cannot watch it, but its code has names."""
         code = getattr(type(self.get_base_layer()).forward, "__code__", None)
         return parameter in self._proven or (code is not None and parameter in code.co_names)
 
