@@ -125,7 +125,7 @@ def adopt_state_dict(
 def _shape_after(arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, config: ChildTuningConfig) -> None:
     for layer, parameter, code, values in arrived.values():
         holder = layer._code(adapter_name)
-        holder._decoded.pop(parameter, None)
+        holder.forget()
         holder.selected = True
         if code is None:
             holder._buffers.pop(parameter, None)

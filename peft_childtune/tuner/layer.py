@@ -134,21 +134,18 @@ class ChildTuningLayer(BaseTunerLayer):
         self._composed.clear()
         for adapter_name in list(self._pending):
             self.resolve_pending(adapter_name, may_be_empty=True)
-        self._count_steps()
+        if mode:
+            self._count_steps()
         return super().train(mode)  # type: ignore[misc]
 
     def _count_steps(self) -> None:
         """Let the optimizer steps of resampled children count: a compiled forward cannot ask for it."""
         for adapter_name in self.child_tuning_code:
-            for parameter in self.covered:
-                values = self._values(adapter_name).get(parameter)
-                if values is None or values.is_meta:
-                    continue
-                found = self._code(adapter_name).decoded(
-                    parameter, self.base_parameter(parameter), self.full_name(parameter)
-                )
+            code = self._code(adapter_name)
+            for parameter, values in self._values(adapter_name).named_parameters() if code.selected else ():
+                found = code.decoded(parameter, self.base_parameter(parameter), self.full_name(parameter))
                 if found is not None and found.resampled is not None:
-                    count_steps(values, self._code(adapter_name), parameter)
+                    count_steps(values, code, parameter)
 
     def _edits(self, parameter: str, adapters: list[str]) -> list[Edit]:
         """Return what some adapters do to a parameter, in their order."""

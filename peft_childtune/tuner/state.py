@@ -26,7 +26,7 @@ class ChildValues(nn.Module):
 
 @dataclass
 class Decoded:
-    """A coded child, decoded for one device.
+    """A coded child, decoded for one device; empty until first use.
 
     Attributes:
         code: the buffer it was decoded from.
@@ -34,15 +34,15 @@ class Decoded:
         device: of `indices`.
         indices: `(nnz,)`, flat positions, int32 where they fit: half the memory; None if `resampled`.
         resampled: the rule of a child that has no fixed positions.
-        hull: of the positions in a matrix; None for other shapes, and for all of it.
+        hull: of the positions in a matrix; None for other shapes.
     """
 
-    code: Tensor
-    version: int
-    device: torch.device
-    indices: Tensor | None
-    resampled: ResampledUnits | None
-    hull: Hull | None
+    code: Tensor | None = None
+    version: int = 0
+    device: torch.device | None = None
+    indices: Tensor | None = None
+    resampled: ResampledUnits | None = None
+    hull: Hull | None = None
 
     def is_of(self, code: Tensor, device: torch.device) -> bool:
         """Return whether this was decoded from that buffer as it is: DDP, for one, copies into buffers in place."""
@@ -78,7 +78,7 @@ class ChildCode(nn.Module):
         """Store a coded child."""
         self._buffers.pop(parameter, None)
         self.register_buffer(parameter, code)
-        self._decoded.pop(parameter, None)
+        self._decoded[parameter] = Decoded()
 
     def clear(self) -> None:
         """Forget every child."""
@@ -102,19 +102,20 @@ class ChildCode(nn.Module):
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _decode(self, parameter: str, shape: tuple[int, ...], device: torch.device, name: str) -> None:
         """Decode a child, unless that is done: `torch.compile` does it while it traces."""
-        code = self.get(parameter)
-        if (entry := self._decoded.get(parameter)) is not None and entry.is_of(code, device):
+        code, entry = self.get(parameter), self._decoded[parameter]
+        if entry.is_of(code, device):
             return
         with torch.inference_mode(False):  # kept for training, which cannot save an inference tensor
             child = self.child_of(code, shape, name)
+            entry.indices = entry.resampled = entry.hull = None
             if isinstance(child.units, ResampledUnits):
-                entry = Decoded(code, _version(code), device, None, child.units, None)
+                entry.resampled = child.units
             else:
                 fits = child.grid.numel <= torch.iinfo(torch.int32).max
-                indices = child.indices(device=device).to(device, torch.int32 if fits else torch.int64)
-                hull = hull_of(indices, (shape[0], shape[1])) if len(shape) == 2 else None
-                entry = Decoded(code, _version(code), device, indices, None, hull)
-        self._decoded[parameter] = entry
+                entry.indices = child.indices(device=device).to(device, torch.int32 if fits else torch.int64)
+                entry.hull = hull_of(entry.indices, (shape[0], shape[1])) if len(shape) == 2 else None
+        # filled in place: a trace that has seen the dict does not see new entries
+        entry.code, entry.version, entry.device = code, _version(code), device
 
     @staticmethod
     def child_of(code: Tensor, shape: tuple[int, ...], name: str) -> TensorChild:
@@ -143,10 +144,14 @@ class ChildCode(nn.Module):
             return torch.zeros(0, dtype=torch.int64, device=base.device)
         return torch.arange(base.numel(), device=base.device) if entry.indices is None else entry.indices
 
+    def forget(self) -> None:
+        """Drop what is decoded."""
+        self._decoded = {parameter: Decoded() for parameter in self._buffers}
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._decoded.clear()  # `load_state_dict` writes into the buffers in place
+        self.forget()  # `load_state_dict` writes into the buffers in place
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the cache, which would triple a pickle."""
-        return {**self.__dict__, "_decoded": {}}
+        return {**self.__dict__, "_decoded": {parameter: Decoded() for parameter in self._buffers}}
