@@ -1,6 +1,7 @@
 """Floor 1: autograd for weights of which only a child is trained."""
 
 from .compose import Edit, compose_parameter
+from .conv import child_conv
 from .gate import StepGate
 from .hull import Hull, hull_of
 from .linear import child_linear
@@ -14,6 +15,7 @@ __all__ = [
     "Hull",
     "KernelOptions",
     "StepGate",
+    "child_conv",
     "child_linear",
     "compose_parameter",
     "hull_of",

@@ -14,7 +14,7 @@ from ..sparse import compose
 from .gate import StepGate
 from .hull import Hull
 
-__all__ = ["Edit", "compose_all", "compose_parameter"]
+__all__ = ["Edit", "compose_all", "compose_parameter", "gradients_of_values"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,25 @@ def compose_all(base: Tensor, values: Sequence[Tensor], indices: Sequence[Tensor
     return base
 
 
+def gradients_of_values(
+    gradient: Tensor,
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    gates: Sequence[StepGate | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the gradient of each delta, given the `gradient` of the composed weight; None where not `needed`."""
+    flat = gradient.reshape(-1)
+    out: list[Tensor | None] = []
+    for delta, positions, gate, wanted in zip(values, indices, gates, needed, strict=True):
+        if not wanted:
+            out.append(None)
+            continue
+        kept = (flat if positions is None else flat.index_select(0, positions)).to(delta.dtype)
+        out.append(kept if gate is None else gate(kept))
+    return out
+
+
 class _Compose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, gates: tuple[StepGate | None, ...], *tensors: Tensor | None) -> Tensor:
@@ -60,16 +79,9 @@ class _Compose(torch.autograd.Function):
         tensors = ctx.saved_tensors
         if gradient.is_sparse:  # nn.Embedding(sparse=True)
             gradient = gradient.to_dense()
-        flat = gradient.reshape(-1)
-        kept: list[Tensor | None] = []
-        for delta, positions, gate, wanted in zip(
-            tensors[:count], tensors[count:], ctx.gates, ctx.needs_input_grad[2 : 2 + count], strict=True
-        ):
-            if not wanted:
-                kept.append(None)
-                continue
-            entries = (flat if positions is None else flat.index_select(0, positions)).to(delta.dtype)
-            kept.append(entries if gate is None else gate(entries))
+        kept = gradients_of_values(
+            gradient, tensors[:count], tensors[count:], ctx.gates, ctx.needs_input_grad[2 : 2 + count]
+        )
         return gradient if ctx.needs_input_grad[0] else None, None, *kept, *([None] * count)
 
 

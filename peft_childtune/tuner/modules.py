@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
-from ..kernels import child_linear, compose_parameter, plain_linear
+from ..kernels import child_conv, child_linear, compose_parameter, plain_linear
 from .layer import ChildTuningLayer
 from .targets import covered_names
 
-__all__ = ["Linear", "Module", "wrap"]
+__all__ = ["Conv", "Linear", "Module", "wrap"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _has_hooks(base: nn.Module) -> bool:
+    return any(getattr(base, hooks) for hooks in _HOOKS)
 
 
 def _stand_in(base: nn.Module, parameters: dict[str, Any]) -> nn.Module:
@@ -50,7 +54,7 @@ class Linear(ChildTuningLayer, nn.Module):
         if not edits and not bias_edits:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         bias = self.composed("bias", bias_edits) if bias_edits else base.bias
-        if any(getattr(base, hooks) for hooks in _HOOKS):  # their owner expects them to run at every forward
+        if _has_hooks(base):  # their owner expects them to run at every forward
             weight = compose_parameter(self.base_parameter("weight"), edits)
             return _stand_in(base, {"weight": weight, "bias": bias})(x, *args, **kwargs)  # type: ignore[no-any-return]
         if edits and not self.reuses_composed(x.numel() // max(x.shape[-1], 1)):
@@ -72,7 +76,7 @@ class _Watched(dict[str, Any]):
 
 
 class Module(ChildTuningLayer, nn.Module):
-    """Any other adapted module, a norm, a convolution, an embedding: its own forward runs over composed weights."""
+    """Any other adapted module, a norm or an embedding, say: its own forward runs over composed weights."""
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         super().__init__()
@@ -111,7 +115,35 @@ class Module(ChildTuningLayer, nn.Module):
         return parameter in self._proven or (code is not None and parameter in code.co_names)
 
 
+class Conv(Module):
+    """An adapted convolution: composes, convolves, and keeps nothing of the weight's size.
+
+    Where it pads with anything but a number of zeros, or is compiled, the composed weight is kept for the backward.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
+        base: Any = self.get_base_layer()
+        is_plain = base.padding_mode == "zeros" and isinstance(base.padding, tuple) and len(args) == 1 and not kwargs
+        if not is_plain or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_hooks(base):
+            return super().forward(*args, **kwargs)
+        adapters = self._adapters_of_forward(kwargs)
+        if not adapters or not (edits := self._edits("weight", adapters)):
+            return super().forward(*args)
+        self._composed.clear()
+        bias_edits = self._edits("bias", adapters) if base.bias is not None else []
+        bias = self.composed("bias", bias_edits) if bias_edits else base.bias
+        window = ([*base.stride], [*base.padding], [*base.dilation], base.groups)
+        return child_conv(args[0], base.weight, bias, edits, window=window)
+
+
+_FORWARDS: dict[Any, type[Linear | Module]] = {
+    nn.Linear.forward: Linear,
+    Conv1D.forward: Linear,
+    **{kind.forward: Conv for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+}
+
+
 def wrap(target: nn.Module, module_name: str) -> Linear | Module:
     """Return the layer that stands in for `target`, a plain module."""
-    plain = type(target).forward in (nn.Linear.forward, Conv1D.forward)
-    return (Linear if plain else Module)(target, module_name)
+    return _FORWARDS.get(type(target).forward, Module)(target, module_name)
