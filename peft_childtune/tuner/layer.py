@@ -77,6 +77,11 @@ class ChildTuningLayer(BaseTunerLayer):
         """Return the base model's own name of a parameter of this layer."""
         return f"{self._module_name}.{parameter}"
 
+    def get_base_layer(self) -> nn.Module:
+        """Return the wrapped module."""
+        base: nn.Module = self._modules["base_layer"]
+        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base
+
     def base_parameter(self, parameter: str) -> nn.Parameter:
         """Return a parameter of the base layer."""
         found = self.get_base_layer()._parameters[parameter]
@@ -85,13 +90,21 @@ class ChildTuningLayer(BaseTunerLayer):
 
     def has_child(self, adapter_name: str) -> bool:
         """Whether the adapter's child is selected, or loaded."""
-        return adapter_name in self.child_tuning_code and self._code(adapter_name).selected
+        code = self._held("child_tuning_code").get(adapter_name)
+        return code is not None and bool(code.selected)
+
+    def _held(self, kind: str) -> dict[str, Any]:
+        # without the detours of `nn.Module` and `nn.ModuleDict`: at few tokens they would show
+        held: dict[str, Any] = self.__dict__["_modules"][kind].__dict__["_modules"]
+        return held
 
     def _code(self, adapter_name: str) -> ChildCode:
-        return self.child_tuning_code[adapter_name]  # type: ignore[return-value]
+        code: ChildCode = self._held("child_tuning_code")[adapter_name]
+        return code
 
     def _values(self, adapter_name: str) -> ChildValues:
-        return self.child_tuning_values[adapter_name]  # type: ignore[return-value]
+        values: ChildValues = self._held("child_tuning_values")[adapter_name]
+        return values
 
     def child(self, adapter_name: str, parameter: str) -> TensorChild | None:
         """Return an adapter's child of one parameter, or None where nothing was kept."""
@@ -150,16 +163,16 @@ class ChildTuningLayer(BaseTunerLayer):
     def _edits(self, parameter: str, adapters: list[str]) -> list[Edit]:
         """Return what some adapters do to a parameter, in their order."""
         owner, parameter = self._tied.get(parameter, (self, parameter))
+        base, name = owner.base_parameter(parameter), owner.full_name(parameter)
+        holders = owner._held("child_tuning_values")
         edits = []
         for adapter_name in adapters:
-            if adapter_name not in owner.child_tuning_values:
-                continue
-            values = owner._values(adapter_name).get(parameter)
+            holder = holders.get(adapter_name)
+            values = None if holder is None else holder._parameters.get(parameter)
             if values is None:
                 continue
             code = owner._code(adapter_name)
-            base = owner.base_parameter(parameter)
-            found = code.decoded(parameter, base, owner.full_name(parameter))
+            found = code.decoded(parameter, base, name)
             assert found is not None  # a delta has a child
             if (rule := found.resampled) is None:
                 edits.append(Edit(values, found.indices, hull=found.hull))
@@ -196,7 +209,7 @@ class ChildTuningLayer(BaseTunerLayer):
         working = []
         for adapter_name in self.active_adapters:
             for owner in owners:
-                if adapter_name not in owner.child_tuning_code:
+                if adapter_name not in owner._held("child_tuning_code"):
                     continue
                 owner.resolve_pending(adapter_name)
                 if owner.has_child(adapter_name):
