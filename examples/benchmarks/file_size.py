@@ -1,78 +1,81 @@
 """Bytes on disk per trained weight, ours and the peers', on a model of BERT-base width.
 
-Run: python examples/benchmarks/file_size.py [--layers 2]
+    python examples/benchmarks/file_size.py
+
+Every delta is filled with random values: zeros would flatter a compressor. `limit` is the entropy of independent
+positions plus the bytes of a value: what a file needs if positions have no structure and values cannot be compressed.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
-from peft import ShiraConfig, SupertuningConfig, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification
+from harness import Value, finish, parse, parser
+from peers import Base, config, randomise, trainable
+from peft import get_peft_model
 
-from peft_childtune import ChildTuningConfig, select_child_network
+from peft_childtune import select_child_network
+
+DENSITIES = (0.3, 0.1, 0.03, 0.01, 0.001)
+# label, method, options
+CHILDREN: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("fisher", "element", {"score": "fisher"}),
+    ("fisher, bfloat16", "element", {"score": "fisher", "save_dtype": "bfloat16"}),
+    ("magnitude", "element", {"score": "magnitude"}),
+    ("seeded random", "element", {"score": "random"}),
+    ("fisher rows", "rows", {"score": "fisher"}),
+    ("shira", "shira", {}),
+    ("supertuning", "supertuning", {}),
+    ("lora_r8", "lora_r8", {}),
+)
 
 
-def build(layers: int) -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(num_hidden_layers=layers, vocab_size=1000))
+def limit(density: float, value_bytes: int) -> float:
+    """Return the bytes per kept weight of independent positions and incompressible values."""
+    entropy = -(density * math.log2(density) + (1 - density) * math.log2(1 - density)) / density
+    return entropy / 8 + value_bytes
 
 
-def batches(count: int = 4) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, (count, 8, 32), generator=generator)
-    labels = torch.randint(2, (count, 8), generator=generator)
-    return [
-        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y} for i, y in zip(ids, labels, strict=True)
-    ]
-
-
-def bytes_per_weight(model: torch.nn.Module) -> tuple[int, float]:
-    """Return trained weights and the file's bytes for each, with random deltas: zeros would flatter a compressor."""
-    trained = [p for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n]
-    for values in trained:
-        torch.nn.init.normal_(values.data, std=1e-3)
+def measure(
+    base: Base, method: str, *, density: float, score: str = "random", save_dtype: str | None = None
+) -> tuple[int, int]:
+    """Return the trained weights and the bytes of the saved file."""
+    plain = base.build()
+    chosen = config(method, plain, density=density, score=score, head=False)
+    if save_dtype is not None:
+        chosen.save_dtype = save_dtype
+    model = get_peft_model(plain, chosen)
+    if score == "fisher":
+        batches = [base.batch(8, 32) for _ in range(2)]
+        select_child_network(model, batches, show_progress=False)
+    randomise(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         size = (Path(folder) / "adapter_model.safetensors").stat().st_size
-    count = sum(p.numel() for p in trained)
-    return count, size / count
+    return sum(p.numel() for p in trainable(model)), size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=2)
-    layers = parser.parse_args().layers
-    print(f"{'child':<38}{'trained':>10}{'bytes each':>12}{'entropy + value':>17}")
-    for density in (0.1, 0.01):
-        entropy = -(density * math.log2(density) + (1 - density) * math.log2(1 - density)) / density / 8
-        rows = {
-            "fisher, float32": {"score": "fisher"},
-            "fisher, bfloat16": {"score": "fisher", "save_dtype": "bfloat16"},
-            "magnitude, float32": {"score": "magnitude"},
-            "fixed random, float32": {"mode": "task_free"},
-            "fisher rows, float32": {"score": "fisher", "granularity": "row"},
-        }
-        for name, options in rows.items():
-            model = get_peft_model(build(layers), ChildTuningConfig(density=density, **options))
-            if options.get("score") == "fisher":
-                select_child_network(model, batches(), show_progress=False)
-            count, each = bytes_per_weight(model)
-            value = 2 if options.get("save_dtype") else 4
-            print(f"{f'{density:.0%} {name}':<38}{count:>10,}{each:>12.3f}{entropy + value:>17.3f}")
-        linear = ["query", "key", "value", "dense"]
-        budget = int(768 * density / 2)  # SHiRA trains r (in + out) weights of each matrix
-        peers = {
-            "SHiRA": ShiraConfig(r=max(1, budget), target_modules=linear),
-            "Super-Tuning": SupertuningConfig(sparsity=1 - density, target_modules=linear),
-        }
-        for name, config in peers.items():
-            count, each = bytes_per_weight(get_peft_model(build(layers), config))
-            print(f"{f'{density:.0%} {name}, float32':<38}{count:>10,}{each:>12.3f}{entropy + 4:>17.3f}")
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser(__doc__, repeats=1)
+    arguments.add_argument("--layers", type=int, default=2)
+    options = parse(arguments, argv)
+    layers, vocab = (1, 50) if options.quick else (options.layers, 1000)
+    base = Base("bert", layers, vocab, quick=options.quick, seed=options.seed)
+    rows: list[dict[str, Value]] = []
+    for density in (0.1,) if options.quick else DENSITIES:
+        print(f"density {density} ...", flush=True)
+        for label, method, chosen in CHILDREN:
+            count, size = measure(base, method, density=density, **chosen)
+            value_bytes = 2 if "save_dtype" in chosen else 4
+            row: dict[str, Value] = {"child": label, "density": None if method == "lora_r8" else density}
+            row |= {"trained": count, "bytes": size, "bytes_each": size / count}
+            row["limit"] = None if method == "lora_r8" else limit(density, value_bytes)
+            if row not in rows:  # LoRA's file is the same at every density
+                rows.append(row)
+    finish("file_size", rows, options=options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""The README's table: one line for each question, ours beside every peer, the peers that are ahead in bold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+PEERS = {
+    "full": "full",
+    "authors": "authors' code",
+    "lora_r8": "LoRA r8",
+    "shira": "SHiRA",
+    "supertuning": "Super-Tuning",
+}
+INDEX_BYTES = {"shira": 8.0, "supertuning": 4.0}  # two int32, one int32 for each trained weight
+WIDTHS = {"bert": "BERT-base", "gpt2": "GPT-2", "llama": "Llama 1B"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: what is measured, and everybody's value. Less is better."""
+
+    what: str
+    ours: float
+    peers: dict[str, float]
+    digits: int = 2
+
+    def ahead(self) -> list[str]:
+        """Return the peers that are better than ours by what is printed."""
+        return [
+            name for name, value in self.peers.items() if round(value, self.digits) < round(self.ours, self.digits)
+        ]
+
+    def markdown(self) -> str:
+        cells = [self._text(self.ours)]
+        for name in PEERS:
+            text = self._text(self.peers[name]) if name in self.peers else ""
+            cells.append(f"**{text} ahead**" if name in self.ahead() else text)
+        return "| " + " | ".join([self.what, *cells]) + " |"
+
+    def _text(self, value: float) -> str:
+        return f"{value:,.{self.digits}f}"
+
+
+def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
+    """Return the only row with these values, None if there is none."""
+    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} rows have {wanted}; one was expected")
+    return found[0] if found else None
+
+
+def peers_of(
+    rows: Sequence[Row], value: str, *, density: float, key: str = "method", **wanted: Any
+) -> dict[str, float]:
+    """Return a value of every peer, at this density or, for those without one, at none."""
+    result = {}
+    for name in PEERS:
+        row = find(rows, **{key: name}, density=density, **wanted) or find(rows, **{key: name}, density=None, **wanted)
+        if row is not None:
+            result[name] = row[value]
+    return result
+
+
+def step_lines(rows: Sequence[Row]) -> list[Line]:
+    lines = []
+    settings = dict.fromkeys((row["architecture"], row["rows"], row["tokens"]) for row in rows)
+    for position, (architecture, count, tokens) in enumerate(settings):
+        here = [r for r in rows if (r["architecture"], r["rows"], r["tokens"]) == (architecture, count, tokens)]
+        name = f"step / full, {WIDTHS[architecture]} width, {count} x {tokens} tokens"
+        densities = dict.fromkeys(row["density"] for row in here)
+        for density in densities if position == 0 else [d for d in densities if d in (0.1, 0.01)]:
+            peers = peers_of(here, "to_full", density=density)
+            for method, kind in (("element", ""), ("rows", " of the rows")):
+                ours = find(here, method=method, density=density)
+                if ours is not None and (method == "element" or (position == 0 and density == 0.1)):
+                    lines.append(Line(f"{name}, {100 * density:g} %{kind}", ours["to_full"], peers))
+    return lines
+
+
+def memory_lines(rows: Sequence[Row]) -> list[Line]:
+    lines = []
+    for method, kind in (("element", ""), ("rows", " of the rows")):
+        for ours in [row for row in rows if row["method"] == method]:
+            peers = peers_of(rows, "peak_mib", density=ours["density"])
+            what = f"peak memory of a whole run, MiB, {100 * ours['density']:g} %{kind}"
+            lines.append(Line(what, ours["peak_mib"], peers, digits=0))
+    return lines
+
+
+def switch_lines(rows: Sequence[Row]) -> list[Line]:
+    ours = next(row for row in rows if row["method"] == "element")
+    density = ours["density"]
+    seconds = {name: 1000 * value for name, value in peers_of(rows, "seconds", density=density).items()}
+    changed = peers_of(rows, "base_entries_changed", density=density)
+    return [
+        Line(f"replacing a merged adapter, ms, {100 * density:g} %", 1000 * ours["seconds"], seconds, digits=0),
+        Line("base weights changed by that", ours["base_entries_changed"], changed, digits=0),
+    ]
+
+
+def inference_lines(rows: Sequence[Row]) -> list[Line]:
+    lines = []
+    for shape in dict.fromkeys((row["rows"], row["tokens"]) for row in rows):
+        here = [row for row in rows if (row["rows"], row["tokens"]) == shape]
+        merged = find(here, case="element merged")
+        lora = find(here, case="lora_r8 merged")
+        unmerged = find(here, case="element", density=0.01)
+        name = f"{shape[0]} x {shape[1]} tokens"
+        if shape == (16, 128) and merged and lora:
+            lines.append(Line(f"forward / base, merged, {name}", merged["to_base"], {"lora_r8": lora["to_base"]}))
+        if unmerged:
+            peers = peers_of(here, "to_base", density=0.01, key="case")
+            lines.append(Line(f"forward / base, unmerged, {name}, 1 %", unmerged["to_base"], peers))
+    return lines
+
+
+def file_size_lines(rows: Sequence[Row]) -> list[Line]:
+    lines = []
+    for density in (0.1, 0.01):
+        for child, kind in (("magnitude", "unstructured"), ("fisher", "Fisher child")):
+            ours = find(rows, child=child, density=density)
+            if ours is not None:
+                peers = peers_of(rows, "bytes_each", density=density, key="child")
+                what = f"bytes on disk a trained weight, {100 * density:g} %, {kind}"
+                lines.append(Line(what, ours["bytes_each"], peers))
+    return lines
+
+
+def index_size_lines(rows: Sequence[Row]) -> list[Line]:
+    chosen = [find(rows, shape=rows[0]["shape"], density=density) for density in (0.1, 0.01, 0.001)]
+    return [_index_line(row, row["ours"], "random child") for row in chosen if row is not None]
+
+
+def fisher_index_size_lines(rows: Sequence[Row]) -> list[Line]:
+    return [_index_line(row, row["chosen"], "real Fisher child") for row in rows]
+
+
+def selection_lines(rows: Sequence[Row]) -> list[Line]:
+    lines = []
+    for row in [row for row in rows if row["method"] == "ours" and row["kind"] == "normal"]:
+        percentile = find(rows, method="numpy.percentile (authors)", kind="normal", density=row["density"])
+        peers = {"authors": percentile["to_kthvalue"]} if percentile else {}
+        what = f"threshold of {row['scores'] / 1e6:g} M scores / torch.kthvalue, {100 * row['density']:g} %"
+        lines.append(Line(what, row["to_kthvalue"], peers))
+    return lines
+
+
+def fisher_lines(rows: Sequence[Row]) -> list[Line]:
+    lines = []
+    for row in [row for row in rows if row["method"] == "ours"]:
+        batch = find(rows, method="batch squared (authors)", architecture=row["architecture"])
+        peers, share = {}, ""
+        if batch is not None:
+            peers = {"authors": batch["to_plain"]}
+            share = f" (the authors' finds {batch['share_of_exact_top_10']:.0%} of the exact top 10 %)"
+        what = f"Fisher pass / forward + backward, {WIDTHS[row['architecture']]} width{share}"
+        lines.append(Line(what, row["to_plain"], peers))
+    return lines
+
+
+def _index_line(row: Row, ours: float, child: str) -> Line:
+    what = f"index bytes a kept weight, {child}, {100 * row['density']:g} % (entropy {row['entropy']:.3f})"
+    return Line(what, ours, INDEX_BYTES, digits=3)
+
+
+LINES = {
+    "step": step_lines,
+    "memory": memory_lines,
+    "switch": switch_lines,
+    "inference": inference_lines,
+    "selection": selection_lines,
+    "fisher": fisher_lines,
+    "file_size": file_size_lines,
+    "index_size": index_size_lines,
+    "fisher_index_size": fisher_index_size_lines,
+}
+
+
+def table(results: dict[str, dict[str, Any]], *, suffix: str = "") -> str:
+    """Return the table of one device as markdown, with the machine and versions above it."""
+    here = {name: results[name + suffix] for name in LINES if name + suffix in results}
+    lines = [line for name, result in here.items() for line in LINES[name](result["rows"])]
+    behind = sum(bool(line.ahead()) for line in lines)
+    return "\n".join(
+        [
+            machine([result["environment"] for result in here.values()]),
+            "",
+            f"Less is better. In {behind} of {len(lines)} lines a peer is **ahead** of ours.",
+            "",
+            "| | ours | " + " | ".join(PEERS.values()) + " |",
+            "| --- |" + " ---: |" * (1 + len(PEERS)),
+            *(line.markdown() for line in lines),
+        ]
+    )
+
+
+def machine(environments: Sequence[Row]) -> str:
+    """Return where the numbers come from; more than one commit or machine is told."""
+
+    def values(key: str) -> str:
+        return ", ".join(str(value) for value in dict.fromkeys(e[key] for e in environments) if value is not None)
+
+    commits = ", ".join(dict.fromkeys(str(e["commit"])[:7] + "+" * bool(e["package_modified"]) for e in environments))
+    versions = ", ".join(f"{package} {values(package)}" for package in ("torch", "peft", "transformers"))
+    where = f"{values('gpu') or values('cpu')}, {values('threads')} threads"
+    return f"{where}; {versions}; commit {commits}; {values('date')}; seed {values('seed')}."
+
+
+def readme_block(results: dict[str, dict[str, Any]]) -> str:
+    """Return everything between the README's markers: a table for each device, and the plots."""
+    folder = "examples/benchmarks/results"
+    texts = {
+        "step": "Step time over density, relative to full fine-tuning",
+        "memory": "Peak memory of a whole run",
+        "file_size": "Bytes on disk a trained weight, over density",
+        "inference": "Forward time of merged and unmerged adapters, relative to the base",
+    }
+    parts = []
+    for suffix in ("", "_cuda"):
+        images = {name + suffix: text for name, text in texts.items() if name + suffix in results}
+        if images:
+            parts.append(table(results, suffix=suffix))
+            parts += [f"![{text}]({folder}/{name}.png)" for name, text in images.items()]
+    return "\n\n".join(parts)
