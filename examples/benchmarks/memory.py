@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from harness import Value, finish, parse, parser
-from peers import authors_masks, base_arguments, base_of, trainee, wrap
+from peers import GRANULARITY, authors_masks, base_arguments, base_of, trainee, wrap
 
 from peft_childtune import select_child_network
 
@@ -73,7 +73,7 @@ def work(options: argparse.Namespace) -> dict[str, float | None]:
     def select() -> None:
         if name == "authors":
             kept["masks"] = authors_masks(kept["model"], batches, float(density))
-        elif name in ("element", "rows"):
+        elif name in GRANULARITY:
             select_child_network(kept["model"], batches, show_progress=False)
 
     def train() -> None:

@@ -15,8 +15,11 @@ from torch.autograd.function import once_differentiable
 from .compose import Edit
 from .gate import StepGate
 from .ops import delta_gradients, input_gradient, linear_output
+from .options import kernel_options
 
 __all__ = ["child_linear"]
+
+FEW_INPUTS = 2 / 3  # a copy of a larger share of the columns saves too little to be made
 
 
 class _ChildLinear(torch.autograd.Function):
@@ -28,13 +31,16 @@ class _ChildLinear(torch.autograd.Function):
         bias: Tensor | None,
         transposed: bool,
         cast: bool,
+        used: Tensor | None,
         gates: tuple[StepGate | None, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
         count = len(gates)
         ctx.gates, ctx.transposed = gates, transposed
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, *tensors)
+        inputs = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(inputs if used is None else inputs.index_select(1, used), weight, *tensors)
         return linear_output(x, weight, bias, tensors[:count], tensors[count : 2 * count], transposed, cast)  # type: ignore[arg-type]
 
     @staticmethod
@@ -44,27 +50,43 @@ class _ChildLinear(torch.autograd.Function):
         count = len(ctx.gates)
         values, indices, rows, columns = (tensors[i * count : (i + 1) * count] for i in range(4))
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs_values = ctx.needs_input_grad[6 : 6 + count]
+        needs_values = ctx.needs_input_grad[7 : 7 + count]
         flat = gradient.reshape(-1, gradient.shape[-1])
-        inputs = x.reshape(-1, x.shape[-1]).to(flat.dtype)
+        inputs = x.to(flat.dtype)
         grad_x = grad_weight = grad_bias = None
         kept: list[Tensor | None] = [None] * count
         if needs_x:
-            grad_x = input_gradient(flat, weight, values, indices, ctx.transposed).view(x.shape).to(x.dtype)
+            grad_x = input_gradient(flat, weight, values, indices, ctx.transposed).view(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:  # a base that is trained beside the child
             grad_weight = (inputs.t() @ flat if ctx.transposed else flat.t() @ inputs).to(weight.dtype)
         if any(needs_values):
-            found = delta_gradients(flat, inputs, indices, rows, columns, needs_values, ctx.transposed)
+            found = delta_gradients(
+                flat, inputs, indices, rows, columns, needs_values, ctx.x_shape[-1], ctx.transposed
+            )
             for i, (delta, entries, gate) in enumerate(zip(values, found, ctx.gates, strict=True)):
                 if needs_values[i]:
                     kept[i] = entries.to(delta.dtype) if gate is None else gate(entries.to(delta.dtype))
         if needs_bias:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, *kept, *([None] * 3 * count)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, *kept, *([None] * 3 * count)
+
+
+def _used_inputs(edits: Sequence[Edit], in_features: int, transposed: bool) -> Tensor | None:
+    """Return which columns of the input the gradients need, if that is worth a copy of them; None for all."""
+    if len(edits) != 1 or edits[0].hull is None or kernel_options.weight_gradient == "gather":
+        return None
+    used = edits[0].hull.rows if transposed else edits[0].hull.columns
+    return used if used is not None and used.numel() <= FEW_INPUTS * in_features else None
 
 
 def child_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, edits: Sequence[Edit], *, transposed: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    edits: Sequence[Edit],
+    *,
+    transposed: bool = False,
+    owns_input: bool = False,
 ) -> Tensor:
     """Return the output of a linear layer whose weight carries the deltas of `edits`.
 
@@ -76,6 +98,8 @@ def child_linear(
         bias: `(out,)` or None, already composed.
         edits: one per active adapter, in the order in which they would be merged.
         transposed: the weight is stored as in GPT-2's `Conv1D`.
+        owns_input: nothing else keeps `x` for the backward: of one in which the child uses few columns, only these
+            are kept.
 
     Returns:
         `(..., out)`, bit-equal to the same layer with the deltas merged.
@@ -96,6 +120,7 @@ def child_linear(
     rows = [None if hull is None else hull.rows for hull in hulls]
     columns = [None if hull is None else hull.columns for hull in hulls]
     gates = tuple(edit.gate for edit in edits)
+    used = _used_inputs(edits, x.shape[-1], transposed) if owns_input and not weight.requires_grad else None
     return _ChildLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x, weight, bias, transposed, cast, gates, *values, *indices, *rows, *columns
+        x, weight, bias, transposed, cast, used, gates, *values, *indices, *rows, *columns
     )

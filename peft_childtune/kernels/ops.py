@@ -59,10 +59,12 @@ def _delta_gradients(
     rows: Sequence[Tensor | None],
     columns: Sequence[Tensor | None],
     wanted: Sequence[bool],
+    in_features: int,
     transposed: bool,
 ) -> list[Tensor]:
     a, b = (x, gradient) if transposed else (gradient, x)
-    shape = (a.shape[1], b.shape[1])
+    out_features = gradient.shape[1]
+    shape = (in_features, out_features) if transposed else (out_features, in_features)
     dense = a.t() @ b if any(w and i is None for w, i in zip(wanted, indices, strict=True)) else None
     out = []
     for positions, row, column, is_wanted in zip(indices, rows, columns, wanted, strict=True):
@@ -111,9 +113,10 @@ def _(
     rows: Sequence[Tensor | None],
     columns: Sequence[Tensor | None],
     wanted: Sequence[bool],
+    in_features: int,
     transposed: bool,
 ) -> list[Tensor]:
-    numel = gradient.shape[1] * x.shape[1]
+    numel = gradient.shape[1] * in_features
     counts = [numel if positions is None else positions.shape[0] for positions in indices]
     return [gradient.new_empty(count if kept else 0) for count, kept in zip(counts, wanted, strict=True)]
 
@@ -157,18 +160,20 @@ def delta_gradients(
     rows: Sequence[Tensor | None],
     columns: Sequence[Tensor | None],
     wanted: Sequence[bool],
+    in_features: int,
     transposed: bool,
 ) -> list[Tensor]:
     """Return the gradient `(nnz,)` of each delta, `(0,)` where none is `wanted`.
 
     Args:
         gradient: `(tokens, out)`.
-        x: `(tokens, in)`, of the same dtype.
+        x: `(tokens, in)`, of the same dtype; of the columns, all or those of the one delta's hull.
         indices: of each delta, flat; None for every position.
         rows: of each delta's hull, None for all.
         columns: likewise.
         wanted: which gradients to compute.
+        in_features: of the layer.
         transposed: the weight is `(in, out)`.
     """
     run = _delta_operator if torch.compiler.is_compiling() else _delta_gradients
-    return run(gradient, x, indices, rows, columns, wanted, transposed)
+    return run(gradient, x, indices, rows, columns, wanted, in_features, transposed)

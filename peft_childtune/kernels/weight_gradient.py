@@ -23,11 +23,14 @@ SELECT_COST = 40.0  # one row or column picked out of the others, one token
 CALL_COST = 1e6  # of a `sampled` product, whatever its size
 
 
-def choose_path(hull: Hull, *, nnz: int, tokens: int, dtype: torch.dtype, device: torch.device) -> WeightGradient:
+def choose_path(
+    hull: Hull, *, nnz: int, tokens: int, dtype: torch.dtype, device: torch.device, is_whole: bool = True
+) -> WeightGradient:
     """Return the path of the least estimated cost, or the one that `use_kernels` forces.
 
-    The entry-by-entry product is a candidate on CPUs in float32 and float64 only. A CPU's low-precision dense product
-    is 3 to 4 times as fast as its float32 one, and an accelerator's faster still relative to scattered reads.
+    Without the whole of both factors (`is_whole`) there is no dense product of the whole weight. The entry-by-entry
+    product is a candidate on CPUs in float32 and float64 only: a CPU's low-precision dense product is 3 to 4 times as
+    fast as its float32 one, and an accelerator's faster still relative to scattered reads.
     """
     if kernel_options.weight_gradient is not None:
         path = kernel_options.weight_gradient
@@ -37,6 +40,8 @@ def choose_path(hull: Hull, *, nnz: int, tokens: int, dtype: torch.dtype, device
         "gather": math.prod(hull.shape) * tokens,
         "hull": (rows * columns + _selection_cost(hull)) * tokens,
     }
+    if not is_whole:
+        del cost["gather"]
     if device.type == "cpu" and dtype in (torch.float32, torch.float64):
         per_token = SAMPLED_COST * nnz + TRANSPOSE_COST * (rows + columns) + _selection_cost(hull)
         cost["sampled"] = per_token * tokens + CALL_COST
@@ -52,8 +57,8 @@ def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tens
     """Return the entries of `a.T @ b` at a child's positions.
 
     Args:
-        a: `(tokens, rows)`, floating point.
-        b: `(tokens, columns)`, of the same dtype.
+        a: `(tokens, rows)`, floating point; of `rows`, all of them or those of the hull alone.
+        b: `(tokens, columns)`, of the same dtype, likewise.
         indices: `(nnz,)`, flat positions in `(rows, columns)`, strictly increasing.
         hull: of these positions.
 
@@ -67,7 +72,8 @@ def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tens
 
     Source: SDDMM, sampled dense-dense matrix multiplication, as `torch.sparse.sampled_addmm`.
     """
-    path = choose_path(hull, nnz=indices.numel(), tokens=a.shape[0], dtype=a.dtype, device=a.device)
+    is_whole = (a.shape[1], b.shape[1]) == hull.shape
+    path = choose_path(hull, nnz=indices.numel(), tokens=a.shape[0], dtype=a.dtype, device=a.device, is_whole=is_whole)
     if path == "gather":
         return (a.t() @ b).reshape(-1).index_select(0, indices)
     if path == "sampled":
@@ -80,7 +86,7 @@ def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tens
 
 
 def _columns(matrix: Tensor, kept: Tensor | None) -> Tensor:
-    return matrix if kept is None else matrix.index_select(1, kept)
+    return matrix if kept is None or matrix.shape[1] == kept.numel() else matrix.index_select(1, kept)
 
 
 def _sampled(a: Tensor, b: Tensor, indices: Tensor, hull: Hull) -> Tensor:

@@ -18,7 +18,7 @@ from .config import ChildTuningConfig
 from .install import install_children, layers_of, prepare_places
 from .layer import ChildTuningLayer
 from .loading import PendingLoad, begin_load, remove_adapter
-from .modules import wrap
+from .modules import find_own_inputs, wrap
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
 from .selection import data_free_children
@@ -84,6 +84,7 @@ class ChildTuningModel(BaseTuner):
                 state_dict=state_dict,
             )
             tie_layers(model, adapter_name)
+            find_own_inputs(model)
             if config.child is not None:
                 prepare_places(model, adapter_name, config, meta=low_cpu_mem_usage)
             elif not config.needs_data:

@@ -14,7 +14,7 @@ from ..kernels import child_conv, child_linear, compose_parameter, plain_linear
 from .layer import ChildTuningLayer
 from .targets import covered_names
 
-__all__ = ["Conv", "Linear", "Module", "wrap"]
+__all__ = ["Conv", "Linear", "Module", "find_own_inputs", "wrap"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -42,6 +42,7 @@ class Linear(ChildTuningLayer, nn.Module):
         super().__init__()
         self._set_up(base_layer, module_name)
         self._transposed = isinstance(self.get_base_layer(), Conv1D)
+        self._owns_input = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
@@ -58,9 +59,24 @@ class Linear(ChildTuningLayer, nn.Module):
             weight = compose_parameter(self.base_parameter("weight"), edits)
             return _stand_in(base, {"weight": weight, "bias": bias})(x, *args, **kwargs)  # type: ignore[no-any-return]
         if edits and not self.reuses_composed(x.numel() // max(x.shape[-1], 1)):
-            return child_linear(x, base.weight, bias, edits, transposed=self._transposed)  # type: ignore[arg-type]
+            kind = {"transposed": self._transposed, "owns_input": self._owns_input}
+            return child_linear(x, base.weight, bias, edits, **kind)  # type: ignore[arg-type]
         weight = self.composed("weight", edits) if edits else self.base_parameter("weight")
         return plain_linear(x, weight, bias, transposed=self._transposed)  # type: ignore[arg-type]
+
+
+def find_own_inputs(model: nn.Module) -> None:
+    """Tell each adapted linear layer whether it is the only one of its input width beside its siblings.
+
+    Query, key and value keep one input between them for the backward; the layer that leads out of an MLP has its own.
+    """
+    siblings: dict[tuple[str, int | None], list[Linear]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            siblings.setdefault((path.rpartition(".")[0], module.in_features), []).append(module)
+    for group in siblings.values():
+        for layer in group:
+            layer._owns_input = len(group) == 1
 
 
 class _Watched(dict[str, Any]):

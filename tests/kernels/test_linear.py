@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft_childtune.kernels import Edit, child_linear
+from peft_childtune.kernels import Edit, child_linear, hull_of, use_kernels
 
 _IN, _OUT = 5, 3
 _INDICES = torch.tensor([0, 4, 7, 14])
@@ -167,3 +167,36 @@ def test_second_derivatives_are_refused_instead_of_being_wrong():
     (gradient,) = torch.autograd.grad(out.square().sum(), values, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("path", ["gather", "hull", "sampled", None])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_of_an_input_of_its_own_a_layer_keeps_the_used_columns_alone(transposed, path):
+    x, weight, bias, _ = _arguments(transposed)
+    positions = torch.arange(weight.numel()).view(weight.shape)
+    indices = (positions[[1, 3]] if transposed else positions[:, [1, 3]]).reshape(-1)
+    hull = hull_of(indices, weight.shape)
+    gradients, kept = [], []
+    for owns_input in (False, True):
+        own, values = x.clone().requires_grad_(), torch.zeros(6, dtype=torch.float64, requires_grad=True)
+        with (
+            use_kernels(weight_gradient=path),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t),
+        ):
+            kept.clear()
+            edits = [Edit(values, indices, hull=hull)]
+            out = child_linear(own, weight, bias, edits, transposed=transposed, owns_input=owns_input)
+            out.square().sum().backward()
+        gradients.append((own.grad, values.grad))
+    assert ((8, 2) in [t.shape for t in kept]) == (path != "gather")  # 2 of the 5 columns of 8 tokens
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_base_that_is_trained_too_needs_the_whole_input():
+    x, weight, bias, values = _arguments(False)
+    indices = torch.tensor([1, 6])
+    edit = Edit(values[:2].clone().requires_grad_(), indices, hull=hull_of(indices, weight.shape))
+    weight.requires_grad_()
+    child_linear(x, weight, bias, [edit], owns_input=True).sum().backward()
+    torch.testing.assert_close(weight.grad, x.reshape(-1, _IN).sum(0).expand(_OUT, _IN), rtol=1e-12, atol=1e-12)

@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_childtune import (
@@ -297,3 +298,21 @@ def test_moving_a_model_casts_neither_code_nor_cache_wrongly():
         model.to(torch.bfloat16)
     assert get_child_network(model).digest() == before
     assert model(_inputs("linear", torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_layers_that_share_their_input_with_a_sibling_are_told_so():
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=40
+    )
+    model = get_peft_model(BertModel(config), ChildTuningConfig(density=0.5, score="magnitude"))
+    owns = {
+        name.rpartition("layer.0.")[2]: m._owns_input for name, m in model.named_modules() if hasattr(m, "_owns_input")
+    }
+    assert owns == {
+        "attention.self.query": False,
+        "attention.self.key": False,
+        "attention.self.value": False,
+        "attention.output.dense": True,
+        "intermediate.dense": True,
+        "output.dense": True,
+    }
