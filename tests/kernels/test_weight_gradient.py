@@ -161,3 +161,16 @@ def test_torch_s_warning_about_sparse_tensors_reaches_nobody():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("tokens", [63, 64, 65, 600])
+def test_more_threads_give_the_same_entries(tokens):
+    indices = _child("random")
+    a, b = torch.randn(tokens, 12, dtype=torch.float64), torch.randn(tokens, 20, dtype=torch.float64)
+    torch.set_num_threads(2)
+    try:
+        with use_kernels(weight_gradient="sampled"):
+            found = child_gradient(a, b, indices=indices, hull=hull_of(indices, _SHAPE))
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(found, (a.t() @ b).view(-1)[indices], rtol=1e-12, atol=1e-12)
