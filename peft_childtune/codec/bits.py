@@ -1,82 +1,32 @@
-"""Bit fields and variable-length integers: least significant bit first, little-endian, vectorised with numpy."""
+"""Unary numbers, bitmaps and variable-length integers: least significant bit first, vectorised with numpy."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..errors import FormatError
 
 Bytes = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
-_Words = npt.NDArray[np.uint64]
-_CHUNK = 1 << 15  # fields or bytes at a time, within the cache: twice as fast as 2^20
-MAX_WIDTH = 62  # bits of one field
-
-
-def pack_fields(values: Ints, widths: int | Ints) -> Bytes:
-    """Return the lowest `width` bits of each value, one field after the other, padded with zeros to a whole byte.
-
-    Args:
-        values: `(n,)`, not negative.
-        widths: bits of every field, or of each, at most `MAX_WIDTH`.
-    """
-    if isinstance(widths, int):
-        ends: Ints | None = None
-        total = values.size * widths
-    else:
-        ends = np.cumsum(widths, dtype=np.int64)
-        total = int(ends[-1]) if ends.size else 0
-    words = np.zeros(total // 64 + 2, dtype=np.uint64)
-    for start in range(0, values.size if total else 0, _CHUNK):
-        stop = min(start + _CHUNK, values.size)
-        width = widths if isinstance(widths, int) else widths[start:stop]
-        at = np.arange(start, stop) * width if ends is None else ends[start:stop] - width
-        field = (values[start:stop] & ((np.int64(1) << width) - 1)).view(np.uint64)
-        word, shift = at >> 6, (at & 63).astype(np.uint64)
-        heads = np.flatnonzero(np.diff(word, prepend=-1))  # the first field in each word
-        # disjoint bits: the sum of the fields in a word is their union
-        words[word[heads]] |= np.add.reduceat(field << shift, heads)
-        over = np.flatnonzero((at & 63) + width > 64)
-        words[word[over] + 1] |= field[over] >> (np.uint64(64) - shift[over])
-    return words.astype("<u8", copy=False).view(np.uint8)[: -(-total // 8)].copy()
-
-
-def unpack_fields(packed: Bytes, widths: int | Ints, *, count: int) -> Ints:
-    """Return `count` fields; the inverse of `pack_fields`.
-
-    Raises:
-        FormatError: another length than those fields have, or padding bits that are not zero.
-    """
-    ends = None if isinstance(widths, int) else np.cumsum(widths, dtype=np.int64)
-    total = count * widths if isinstance(widths, int) else int(ends[-1]) if ends is not None and ends.size else 0
-    check_padding(packed, total)
-    padded = np.zeros((total // 64 + 2) * 8, dtype=np.uint8)
-    padded[: packed.size] = packed
-    words = padded.view("<u8").astype(np.uint64, copy=False)
-    values = np.zeros(count, dtype=np.int64)
-    for start in range(0, count if total else 0, _CHUNK):
-        stop = min(start + _CHUNK, count)
-        width = widths if isinstance(widths, int) else widths[start:stop]
-        at = np.arange(start, stop) * width if ends is None else ends[start:stop] - width
-        word, shift = at >> 6, (at & 63).astype(np.uint64)
-        low = words[word] >> shift
-        # two shifts, since a shift by 64 is undefined
-        high = (words[word + 1] << (np.uint64(63) - shift)) << np.uint64(1)
-        values[start:stop] = (low | high).view(np.int64) & ((np.int64(1) << width) - 1)
-    return values
+Ints = npt.NDArray[np.signedinteger]  # int64, or int32 where all numbers fit and speed matters
+_CHUNK = 1 << 13  # bytes at a time: within the cache
 
 
 def pack_unary(numbers: Ints) -> Bytes:
     """Return each number as that many zero bits and a one, padded with zeros to a whole byte."""
-    ends = np.cumsum(numbers + 1)
-    bits = np.zeros(int(ends[-1]) if ends.size else 0, dtype=np.uint8)
-    bits[ends - 1] = 1
+    if numbers.size == 0:
+        return np.zeros(0, dtype=np.uint8)
+    steps = numbers.astype(np.int64)
+    steps[1:] += 1
+    ones = running_sum_(steps)
+    bits = np.zeros(int(ones[-1]) + 1, dtype=np.uint8)
+    bits[ones] = 1
     return np.packbits(bits, bitorder="little")
 
 
 def unpack_unary(packed: Bytes, *, count: int) -> Ints:
-    """Return `count` numbers; the inverse of `pack_unary`.
+    """Return where the `count` numbers end: the positions of the ones; the `i`-th number is what lies between, zeros.
 
     Raises:
         FormatError: another number of ones than `count`, or bytes after the last one.
@@ -86,18 +36,26 @@ def unpack_unary(packed: Bytes, *, count: int) -> Ints:
         raise FormatError(f"unary part: {ones.size} numbers where the header declares {count}; the code is damaged.")
     if packed.size != (int(ones[-1]) // 8 + 1 if count else 0):
         raise FormatError(f"unary part: {packed.size} bytes, some after its end; the code is damaged.")
-    numbers = ones.copy()
-    numbers[1:] -= ones[:-1] + 1
-    return numbers
+    return ones
+
+
+def running_sum_(steps: Ints) -> Ints:
+    """Replace int64 steps by the sums of the first, the first two, ..., and return them."""
+    torch.from_numpy(steps).cumsum_(0)  # five times as fast as numpy on one thread
+    return steps
 
 
 def one_bits(packed: Bytes) -> Ints:
-    """Return the positions of the ones, strictly increasing."""
-    found: list[Ints] = []
-    for start in range(0, packed.size, _CHUNK):
-        bits = np.unpackbits(packed[start : start + _CHUNK], bitorder="little")
-        found.append(np.flatnonzero(bits.view(np.bool_)).astype(np.int64, copy=False) + start * 8)
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+    """Return the positions of the ones, int64, strictly increasing."""
+    chunks = [packed[start : start + _CHUNK] for start in range(0, packed.size, _CHUNK)]
+    counts = [int(np.count_nonzero(np.unpackbits(chunk))) for chunk in chunks]
+    ones = np.empty(sum(counts), dtype=np.int64)
+    filled = 0
+    for number, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
+        found = np.flatnonzero(np.unpackbits(chunk, bitorder="little").view(np.bool_))
+        np.add(found, number * _CHUNK * 8, out=ones[filled : filled + count])
+        filled += count
+    return ones
 
 
 def pack_positions(positions: Ints, *, length: int) -> Bytes:

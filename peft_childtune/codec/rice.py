@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import FormatError
-from .bits import MAX_WIDTH, Bytes, Ints, Reader, check_padding, pack_fields, pack_unary, unpack_fields, unpack_unary
+from .bits import Bytes, Ints, Reader, pack_unary, running_sum_, unpack_unary
+from .fields import BLOCK, MAX_WIDTH, as_blocks, block_bits, pack_blocks, pack_fields, unpack_blocks, unpack_fields
 
-BLOCK = 64  # gaps that share a parameter
+_CHUNK = 1 << 15  # gaps at a time: within the cache
 
 
 def gaps_of(positions: Ints) -> Ints:
-    """Return the number of positions left out before each one."""
-    return np.diff(positions, prepend=-1) - 1
-
-
-def positions_of(gaps: Ints, *, limit: int) -> Ints:
-    """Return the positions with these gaps before them.
-
-    Raises:
-        FormatError: a position at or beyond `limit`.
-    """
-    positions = np.cumsum(gaps + 1)
-    positions -= 1
-    # each gap is below 2^62, so the first sum out of range is still exact and cannot hide behind a wrap-around
-    if positions.size and int(positions.max()) >= limit:
-        raise FormatError(f"payload: a position is outside of [0, {limit}); the code is damaged.")
-    return positions
+    """Return the number of positions left out before each one, in the dtype of the positions."""
+    gaps = positions.copy()
+    gaps[1:] -= positions[:-1]
+    gaps[1:] -= 1
+    return gaps
 
 
 def plan_rice(gaps: Ints) -> tuple[int, int]:
     """Return the parameter that codes all gaps shortest, and the bytes of that code."""
-    guess = int(_guess_parameter(np.array([gaps.mean() if gaps.size else 0.0]))[0])
-    candidates = range(max(guess - 1, 0), min(guess + 1, MAX_WIDTH) + 1)
-    unary, parameter = min(
-        ((int((gaps >> candidate).sum()) + gaps.size, candidate) for candidate in candidates),
-        key=lambda plan: plan[0] + gaps.size * plan[1],
-    )
-    return parameter, 1 + -(-gaps.size * parameter // 8) + -(-unary // 8)
+    first = max(int(_guess_parameter(np.array([_sum(gaps) / max(gaps.size, 1)]))[0]) - 1, 0)
+    high = gaps >> first
+    best, unary, least = first, 0, math.inf
+    for parameter in range(first, first + 3):
+        bits = _sum(high) + gaps.size
+        if bits + gaps.size * parameter < least:
+            best, unary, least = parameter, bits, bits + gaps.size * parameter
+        high >>= 1
+    return best, 1 + -(-gaps.size * best // 8) + -(-unary // 8)
 
 
 def encode_rice(gaps: Ints, parameter: int) -> bytes:
@@ -60,14 +55,28 @@ def decode_rice(payload: Bytes, *, count: int, limit: int) -> Ints:
     parameter = reader.byte("Rice parameter")
     _check_parameter(parameter, limit)
     low = unpack_fields(reader.take(-(-count * parameter // 8), "low bits"), parameter, count=count)
-    return _join(unpack_unary(reader.rest(), count=count), low, parameter, limit)
+    positions = unpack_unary(reader.rest(), count=count)
+    if count and int(positions[-1]) + 1 - count > limit >> parameter:  # checked before the shift can overflow
+        raise _gap_error(limit)
+    # the end of the i-th unary number is the sum of the high parts up to it, plus i; the low bits make up for the i
+    positions <<= parameter
+    total = mask = (1 << parameter) - 1
+    for start in range(0, count, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        steps = low[part].astype(np.int64)
+        steps -= mask
+        steps[:1] += total
+        sums = running_sum_(steps)
+        positions[part] += sums
+        total = int(sums[-1])
+    return _checked(positions, limit)
 
 
 def encode_block_rice(gaps: Ints, parameters: Ints) -> bytes:
     """Return the same with a parameter for each 64 gaps: the least one, their width, and each as a bit field."""
     least, width = _span(parameters)
-    per_gap = np.repeat(parameters, BLOCK)[: gaps.size]
-    parts = (pack_fields(parameters - least, width), pack_fields(gaps, per_gap), pack_unary(gaps >> per_gap))
+    high = gaps >> np.repeat(parameters.astype(gaps.dtype), BLOCK)[: gaps.size]
+    parts = (pack_fields(parameters - least, width), pack_blocks(gaps, parameters), pack_unary(high))
     return bytes([least, width]) + b"".join(part.tobytes() for part in parts)
 
 
@@ -78,35 +87,49 @@ def decode_block_rice(payload: Bytes, *, count: int, limit: int) -> Ints:
     if width > 6:
         raise FormatError(f"width of the Rice parameters: {width} bits, above its limit 6; the code is damaged.")
     blocks = -(-count // BLOCK)
-    parameters = unpack_fields(reader.take(-(-blocks * width // 8), "Rice parameters"), width, count=blocks) + least
+    packed = reader.take(-(-blocks * width // 8), "Rice parameters")
+    parameters = unpack_fields(packed, width, count=blocks).astype(np.int64) + least
     _check_parameter(int(parameters.max()) if blocks else least, limit)
+    low_bits = block_bits(parameters, count)
+    low = unpack_blocks(reader.take(-(-low_bits // 8), "low bits"), parameters, count=count)
     per_gap = np.repeat(parameters, BLOCK)[:count]
-    low_bits = int(per_gap.sum())
-    packed = reader.take(-(-low_bits // 8), "low bits")
-    check_padding(packed, low_bits)
-    low = unpack_fields(packed, per_gap, count=count)
-    return _join(unpack_unary(reader.rest(), count=count), low, per_gap, limit)
+    steps = gaps_of(unpack_unary(reader.rest(), count=count))
+    if bool((steps > limit >> per_gap).any()):  # checked before the shift can overflow
+        raise _gap_error(limit)
+    steps <<= per_gap
+    steps += low
+    steps[1:] += 1
+    return _checked(running_sum_(steps), limit)
 
 
 def plan_block_rice(gaps: Ints) -> tuple[Ints, int]:
     """Return the parameter that codes each 64 gaps shortest, and the bytes of that code."""
-    blocks = -(-gaps.size // BLOCK)
-    padded = np.zeros(blocks * BLOCK, dtype=np.int64)
-    padded[: gaps.size] = gaps
-    table = padded.reshape(blocks, BLOCK)
-    sizes = np.full(blocks, BLOCK)
-    sizes[-1:] = gaps.size - (blocks - 1) * BLOCK
-    guess = _guess_parameter(table.sum(axis=1) / np.maximum(sizes, 1))
-    best, unary, least = guess, np.zeros_like(guess), np.full(blocks, np.iinfo(np.int64).max)
-    for parameter in (guess - 1, guess, guess + 1):
-        parameter = np.clip(parameter, 0, MAX_WIDTH)
-        high = (table >> parameter[:, None]).sum(axis=1)
-        is_shorter = (length := high + sizes * parameter) < least
-        best, unary = np.where(is_shorter, parameter, best), np.where(is_shorter, high, unary)
+    table = as_blocks(gaps)
+    sizes = np.full(len(table), BLOCK)
+    sizes[-1:] = gaps.size - (len(table) - 1) * BLOCK
+    first = np.maximum(_guess_parameter(_block_sums(table) / sizes) - 1, 0)
+    high = table >> first.astype(table.dtype)[:, None]
+    best, unary, least = first, first, np.full(len(table), np.iinfo(np.int64).max)
+    for parameter in (first, first + 1, first + 2):
+        bits = _block_sums(high)
+        length = bits + sizes * parameter
+        is_shorter = length < least
+        best, unary = np.where(is_shorter, parameter, best), np.where(is_shorter, bits, unary)
         least = np.minimum(length, least)
+        high >>= 1
     _, width = _span(best)
-    low_bits, unary_bits = int((best * sizes).sum()), int(unary.sum()) + gaps.size
-    return best, 2 + -(-blocks * width // 8) + -(-low_bits // 8) + -(-unary_bits // 8)
+    low_bits, unary_bits = block_bits(best, gaps.size), int(unary.sum()) + gaps.size
+    return best, 2 + -(-best.size * width // 8) + -(-low_bits // 8) + -(-unary_bits // 8)
+
+
+def estimate_block_rice(gaps: Ints) -> int:
+    """Return about how many bytes `encode_block_rice` makes, at a tenth of the cost of `plan_block_rice`."""
+    means = _block_sums(as_blocks(gaps)) / BLOCK
+    parameters = _guess_parameter(means + 1.443)  # nearer to the best one for small means
+    # a unary part of 1 + gap / 2^k bits, less what rounding down saves on average
+    scale = np.ldexp(1.0, -parameters)
+    bits = (parameters + 1 + means * scale - (1 - scale) / 2).sum() * BLOCK
+    return int(bits) // 8
 
 
 def _span(parameters: Ints) -> tuple[int, int]:
@@ -115,9 +138,9 @@ def _span(parameters: Ints) -> tuple[int, int]:
     return least, int(parameters.max() - least).bit_length()
 
 
-def _guess_parameter(means: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Ints:
-    # the best one of a geometric distribution is within one of log2 of its median
-    return np.clip(np.floor(np.log2(np.maximum(means * 0.693, 1.0))), 0, MAX_WIDTH).astype(np.int64)
+def _guess_parameter(means: npt.NDArray[np.float64]) -> Ints:
+    # the best one of a geometric distribution is within one of log2 of its median; frexp rounds that down, plus one
+    return np.frexp(np.maximum(means * 0.693, 1.0))[1].astype(np.int64) - 1
 
 
 def _check_parameter(parameter: int, limit: int) -> None:
@@ -125,9 +148,23 @@ def _check_parameter(parameter: int, limit: int) -> None:
         raise FormatError(f"Rice parameter: {parameter}, too large for {limit} positions; the code is damaged.")
 
 
-def _join(high: Ints, low: Ints, parameter: int | Ints, limit: int) -> Ints:
-    if bool((high > (np.int64(limit) >> parameter)).any()):  # checked before the shift can overflow
-        raise FormatError(f"payload: a gap is larger than all {limit} positions; the code is damaged.")
-    gaps = high << parameter
-    gaps |= low
-    return positions_of(gaps, limit=limit)
+def _sum(gaps: Ints) -> int:
+    # in their own dtype, which is five times as fast: gaps add up to less than the positions they lead to
+    return int(gaps.sum(dtype=gaps.dtype))
+
+
+def _block_sums(table: Ints) -> Ints:
+    # in their own dtype, like `_sum`, and twice as fast as `sum` with short rows
+    sums: Ints = np.einsum("ij->i", table)
+    return sums
+
+
+def _checked(positions: Ints, limit: int) -> Ints:
+    # a step is at most 2^63, so that a sum that wraps around is negative before it can be positive again
+    if positions.size and (int(positions[-1]) >= limit or int(positions.min()) < 0):
+        raise FormatError(f"payload: a position is outside of [0, {limit}); the code is damaged.")
+    return positions
+
+
+def _gap_error(limit: int) -> FormatError:
+    return FormatError(f"payload: a gap is larger than all {limit} positions; the code is damaged.")

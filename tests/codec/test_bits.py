@@ -7,20 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import peft_childtune.codec.bits as bits_module
-from peft_childtune.codec.bits import (
-    Reader,
-    one_bits,
-    pack_fields,
-    pack_positions,
-    pack_unary,
-    unpack_fields,
-    unpack_unary,
-    write_varint,
-)
+import peft_childtune.codec.fields as fields_module
+from peft_childtune.codec.bits import Reader, one_bits, pack_positions, pack_unary, unpack_unary, write_varint
+from peft_childtune.codec.fields import BLOCK, pack_blocks, pack_fields, unpack_blocks, unpack_fields
 from peft_childtune.errors import FormatError
-
-fields = st.lists(st.integers(0, 62).flatmap(lambda w: st.tuples(st.integers(0, max(2**w - 1, 0)), st.just(w))))
 
 
 def to_bytes(bits: str) -> bytes:
@@ -33,33 +23,54 @@ def ints(values) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-@given(fields)
-def test_fields_follow_one_another_least_significant_bit_first(pairs):
-    expected = to_bytes("".join(format(value, f"0{width}b")[::-1] if width else "" for value, width in pairs))
-    values, widths = ints([p[0] for p in pairs]), ints([p[1] for p in pairs])
-    assert pack_fields(values, widths).tobytes() == expected
+def in_bits(values, widths) -> str:
+    """Writes each field from its least significant bit."""
+    pairs = zip(values, widths, strict=True)
+    return "".join(format(int(value), f"0{width}b")[::-1] if width else "" for value, width in pairs)
 
 
-@given(st.integers(0, 62).flatmap(lambda w: st.tuples(st.just(w), st.lists(st.integers(0, 2**w - 1)))))
-def test_fields_of_one_width_come_back(width_and_values):
-    width, values = width_and_values
-    packed = pack_fields(ints(values), width)
-    assert unpack_fields(packed, width, count=len(values)).tolist() == values
+def drawn(count: int, widths) -> np.ndarray:
+    """Numbers below 2^62, shorter than `widths` bits or not."""
+    return np.random.default_rng(count).integers(0, 2**62, count) >> np.random.default_rng(0).integers(0, 62, count)
 
 
-@given(fields)
-def test_fields_of_different_widths_come_back(pairs):
-    values, widths = ints([p[0] for p in pairs]), ints([p[1] for p in pairs])
-    assert unpack_fields(pack_fields(values, widths), widths, count=len(pairs)).tolist() == values.tolist()
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100])
+@pytest.mark.parametrize("width", range(63))
+def test_fields_follow_one_another_least_significant_bit_first(width, count):
+    values = drawn(count, width) & (2**width - 1)
+    packed = pack_fields(values, width)
+    assert packed.tobytes() == to_bytes(in_bits(values, [width] * count))
+    assert unpack_fields(packed, width, count=count).tolist() == values.tolist()
 
 
-@pytest.mark.parametrize("widths", ["equal", "mixed"])
-def test_fields_of_several_chunks_are_packed_as_in_one(monkeypatch, widths):
-    generator = np.random.default_rng(0)
-    values = generator.integers(0, 2**13, 1000)
-    width = 13 if widths == "equal" else generator.integers(13, 40, 1000)
+@pytest.mark.parametrize("width", [0, 1, 5, 8, 13, 31, 32, 33, 62])
+def test_bits_above_the_width_of_a_field_are_left_out(width):
+    values = drawn(50, width)
+    assert np.array_equal(pack_fields(values, width), pack_fields(values & (2**width - 1), width))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_fields_are_the_same_in_either_dtype(dtype):
+    values = np.arange(1000)
+    assert np.array_equal(pack_fields(values.astype(dtype), 10), pack_fields(values, 10))
+
+
+@given(st.lists(st.integers(0, 62), max_size=6), st.integers(0, BLOCK - 1), st.integers(0, 99))
+def test_blocks_of_fields_have_a_width_of_their_own(widths, missing, seed):
+    count = max(len(widths) * BLOCK - missing, 0)
+    per_value = [width for width in widths for _ in range(BLOCK)][:count]
+    random = np.random.default_rng(seed)
+    values = ints([int(random.integers(0, 2**width)) for width in per_value])
+    packed = pack_blocks(values, ints(widths))
+    assert packed.tobytes() == to_bytes(in_bits(values, per_value))
+    assert unpack_blocks(packed, ints(widths), count=count).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("width", [3, 13, 40])
+def test_fields_of_several_chunks_are_packed_as_in_one(monkeypatch, width):
+    values = np.random.default_rng(0).integers(0, 2**width, 1000)
     whole = pack_fields(values, width).tobytes()
-    monkeypatch.setattr(bits_module, "_CHUNK", 64)
+    monkeypatch.setattr(fields_module, "_GROUPS", 8)
     packed = pack_fields(values, width)
     assert packed.tobytes() == whole
     assert np.array_equal(unpack_fields(packed, width, count=1000), values)
@@ -69,7 +80,8 @@ def test_fields_of_several_chunks_are_packed_as_in_one(monkeypatch, widths):
 def test_unary_numbers_are_zeros_and_a_one(numbers):
     packed = pack_unary(ints(numbers))
     assert packed.tobytes() == to_bytes("".join("0" * number + "1" for number in numbers))
-    assert unpack_unary(packed, count=len(numbers)).tolist() == numbers
+    ends = [sum(numbers[: i + 1]) + i for i in range(len(numbers))]
+    assert unpack_unary(packed, count=len(numbers)).tolist() == ends
 
 
 @given(st.sets(st.integers(0, 99)))

@@ -108,7 +108,7 @@ def test_each_coding_gives_the_units_back(down, across, by_column, density):
     [
         (torch.tensor([77_777]), RAW),
         (random_units((512, 512), 0.1), RICE),
-        (torch.cat([torch.arange(0, 4000, 3), 4000 + random_units((512, 500), 0.002)]), BLOCK_RICE),
+        (torch.cat([random_units((4000,), 0.3), 4000 + random_units((512, 500), 0.002)]), BLOCK_RICE),
         (random_units((512, 512), 0.5), BITMAP),
         (rows_units((512, 512), 0.2), LZMA),
     ],
@@ -135,6 +135,47 @@ def test_a_random_child_takes_hardly_more_than_its_entropy(density):
     assert encode_child(TensorChild(UnitGrid(shape), units)).numel() * 8 <= 1.02 * entropy_bits
 
 
+@pytest.mark.parametrize("density", [0.5, 0.3, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("shape", [(768, 3072), (64, 4096), (4096, 64), (200_000,)])
+def test_a_random_child_is_never_given_to_the_compressor_nor_sorted_by_column(monkeypatch, shape, density):
+    # either takes longer than all else
+    monkeypatch.setattr(indices_module, "compress_bitmap", lambda bitmap: pytest.fail("compressed"))
+    code = encode_child(TensorChild(UnitGrid(shape), random_units(shape, density)))
+    assert int(code[4]) == 0
+
+
+def columns_units(shape: tuple[int, int], share: float) -> torch.Tensor:
+    """Entries of some whole columns."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[:, random_units((shape[1],), share)] = True
+    return mask.flatten().nonzero().flatten()
+
+
+def every(step: int, shape: tuple[int, int]) -> torch.Tensor:
+    return torch.arange(0, math.prod(shape), step)
+
+
+def alike_rows(shape: tuple[int, int], share: float) -> torch.Tensor:
+    """The same random half of the entries in most rows, and others in the rest."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[:, random_units((shape[1],), share)] = True
+    return (
+        (mask & (torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.97)).flatten().nonzero().flatten()
+    )
+
+
+@pytest.mark.parametrize(
+    "units",
+    [columns_units((512, 2048), 0.02), every(50, (512, 2048)), alike_rows((512, 2048), 0.5)],
+    ids=["whole columns", "every fiftieth", "alike rows"],
+)
+def test_a_child_with_a_pattern_is_found_out_by_the_samples(units):
+    numel = 512 * 2048
+    density = units.numel() / numel
+    entropy_bits = -numel * (density * math.log2(density) + (1 - density) * math.log2(1 - density))
+    assert encode_child(TensorChild(UnitGrid((512, 2048)), units)).numel() * 8 <= 0.4 * entropy_bits
+
+
 @pytest.mark.parametrize("share", [0.3, 0.1, 0.02])
 def test_a_child_of_whole_rows_takes_a_fiftieth_of_the_entropy_of_single_entries(share):
     units = rows_units((1024, 1024), share)
@@ -159,6 +200,23 @@ def test_an_empty_child_is_little_more_than_a_header():
 def test_the_front_of_a_code_takes_at_most_24_bytes():
     one = encode_child(TensorChild(UnitGrid((50_000, 4096)), torch.tensor([2**27 + 1])))
     assert one.numel() <= 24
+
+
+@pytest.mark.parametrize("limit", [2**31 - 1, 2**31, 2**31 + 1])
+@pytest.mark.parametrize("clustered", [False, True])
+def test_children_around_the_limit_of_int32_come_back(limit, clustered):
+    units = torch.arange(0, limit, limit // 5000) if not clustered else torch.arange(limit - 5000, limit)
+    units = torch.cat([units[units < limit - 1], torch.tensor([limit - 1])])
+    child = TensorChild(UnitGrid((limit,)), units)
+    assert_same(decode_child(encode_child(child), shape=(limit,)), child)
+
+
+@pytest.mark.parametrize("count", [32_767, 32_768, 32_769, 70_000])
+def test_children_of_several_chunks_come_back(count):
+    units = random_units((1000, 1000), count / 1_000_000)
+    assert units.numel() == count
+    child = TensorChild(UnitGrid((1000, 1000)), units)
+    assert_same(decode_child(encode_child(child), shape=(1000, 1000)), child)
 
 
 @pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])

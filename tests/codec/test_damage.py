@@ -168,6 +168,18 @@ def test_arbitrary_bytes_are_refused_or_give_a_valid_child(data, coding, flags):
     assert_valid_or_refused(as_code(header + data), (2, 8))
 
 
+@pytest.mark.parametrize("front", ["3e", "3e 00"], ids=["rice", "block rice"])
+@pytest.mark.parametrize("count", range(2, 10))
+def test_positions_whose_sums_wrap_around_are_refused(front, count):
+    # fields of 62 ones in a weight of 2^62 entries: each gap is as large as the weight, so their sums pass 2^64
+    fields = (2 ** (62 * count) - 1).to_bytes(-(-62 * count // 8), "little")
+    coding = len(bytes.fromhex(front))
+    header = bytes.fromhex(f"{FRONT} {coding:02x} 00 02") + 2 * bytes.fromhex("8080808008") + bytes([count])
+    unary = (2**count - 1).to_bytes(-(-count // 8), "little")
+    with pytest.raises(FormatError, match="outside of"):
+        decode_child(as_code(header + bytes.fromhex(front) + fields + unary), shape=(1 << 31, 1 << 31))
+
+
 @pytest.mark.parametrize("coding", [0, 1, 2, 3, 4])
 def test_a_huge_declared_count_is_refused_without_its_memory(coding):
     # 2^40 units declared by a code of 33 bytes; their bitmap would take 128 GiB
