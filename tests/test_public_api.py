@@ -55,6 +55,7 @@ def test_the_selection_is_called_as_in_the_documentation():
         ("num_batches", "KEYWORD_ONLY", None),
         ("loss_fn", "KEYWORD_ONLY", None),
         ("adapter_name", "KEYWORD_ONLY", "default"),
+        ("scores_device", "KEYWORD_ONLY", None),
         ("show_progress", "KEYWORD_ONLY", True),
     ]
 

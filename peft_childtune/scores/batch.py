@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_childtune.errors import ScoreError
 
-__all__ = ["IGNORED_LABEL", "batch_size", "detached_to", "example", "label_counts", "lacks_labels", "loss_of"]
+__all__ = ["IGNORED_LABEL", "batch_size", "detached_to", "examples", "label_counts", "lacks_labels", "loss_of"]
 
 IGNORED_LABEL = -100  # torch's default `ignore_index`, which transformers' losses share
 
@@ -43,24 +43,24 @@ def batch_size(batch: Any) -> int | None:
     return next((len(value) for value in values if isinstance(value, list)), None)
 
 
-def example(batch: Any, index: int, *, size: int) -> Any:
-    """Return the batch of one that holds example `index` of a batch of `size`.
+def examples(batch: Any, part: slice, *, size: int) -> Any:
+    """Return the batch that holds some of the examples of a batch of `size`.
 
     Tensors whose first dimension is `size` are cut, and so are lists of that length; all else is shared.
 
     Example:
-        >>> example({"x": torch.tensor([[1], [2]]), "names": ["a", "b"], "scale": 3}, 1, size=2)
+        >>> examples({"x": torch.tensor([[1], [2]]), "names": ["a", "b"], "scale": 3}, slice(1, 2), size=2)
         {'x': tensor([[2]]), 'names': ['b'], 'scale': 3}
     """
     if _is_list_of_examples(batch):
-        return [batch[index]]
+        return batch[part]
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor[index : index + 1] if tensor.dim() > 0 and tensor.shape[0] == size else tensor
+        return tensor[part] if tensor.dim() > 0 and tensor.shape[0] == size else tensor
 
     def cut_list(items: list[Any]) -> list[Any] | None:
         whole = [t for t in _tensors(items) if t.dim() > 0 and t.shape[0] == size]
-        return [items[index]] if len(items) == size and not whole else None
+        return items[part] if len(items) == size and not whole else None
 
     return _mapped(batch, cut, cut_list)
 

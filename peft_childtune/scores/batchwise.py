@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from peft_childtune.scores.batch import batch_size
 from peft_childtune.scores.finite import check_scores, has_loss
+from peft_childtune.scores.gradients import for_each_gradient
+from peft_childtune.scores.sums import ScoreSums
 
 __all__ = ["BatchFisher", "BatchGradients", "MeanGradient"]
 
@@ -20,12 +22,24 @@ class BatchGradients:
     Args:
         parameters: name to parameter, each parameter once.
         loss_of: loss of a batch; takes the batch and its number.
+        device: of the scores; None for each parameter's own.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], loss_of: Callable[[Any, int], Tensor]) -> None:
-        self.sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        loss_of: Callable[[Any, int], Tensor],
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        self._sums = ScoreSums(parameters, device=device)
         self._parameters = dict(parameters)
         self._loss_of = loss_of
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """What was added up so far."""
+        return self._sums.tensors
 
     def add(self, batch: Any, index: int) -> tuple[int, float]:
         """Add one batch; return its size (1 if nothing tells) and its loss. A batch without labels adds nothing."""
@@ -36,11 +50,7 @@ class BatchGradients:
             loss = self._loss_of(batch, index)
             if not has_loss(loss, batch, index=index):
                 return size, float("nan")
-            if loss.requires_grad:
-                grads = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
-                for name, grad in zip(self._parameters, grads, strict=True):
-                    if grad is not None:
-                        self._add(name, (grad.to_dense() if grad.is_sparse else grad).float(), size)
+            for_each_gradient(loss, self._parameters, use=lambda name, grad: self._add(name, grad, size))
         finally:
             for parameter in self._parameters.values():
                 parameter.requires_grad = False
@@ -63,10 +73,10 @@ class BatchFisher(BatchGradients):
 
     def means(self, *, num_examples: int, num_batches: int) -> dict[str, Tensor]:
         """Return the mean over batches."""
-        return {name: total.div_(num_batches) for name, total in self.sums.items()}
+        return self._sums.divide(num_batches)
 
     def _add(self, name: str, grad: Tensor, size: int) -> None:
-        self.sums[name].addcmul_(grad, grad)
+        self._sums.add_square(name, grad)
 
 
 class MeanGradient(BatchGradients):
@@ -74,7 +84,7 @@ class MeanGradient(BatchGradients):
 
     def means(self, *, num_examples: int, num_batches: int) -> dict[str, Tensor]:
         """Return the absolute mean over examples."""
-        return {name: total.div_(num_examples).abs_() for name, total in self.sums.items()}
+        return {name: mean.abs_() for name, mean in self._sums.divide(num_examples).items()}
 
     def _add(self, name: str, grad: Tensor, size: int) -> None:
-        self.sums[name].add_(grad, alpha=size)
+        self._sums.add(name, grad, factor=size)

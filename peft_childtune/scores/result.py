@@ -16,7 +16,7 @@ class ScoreResult:
     """Scores of a set of parameters, and what they were computed from.
 
     Args:
-        scores: fp32, one per parameter, of its shape and on its device; higher = worth training.
+        scores: fp32, one per parameter, of its shape; higher = worth training.
         num_examples: examples that were counted, those without any label included.
         num_batches: batches that were read.
         loss: mean loss of the pass, a sanity figure. A batch scored in one go counts with its own mean (over tokens,

@@ -18,7 +18,7 @@ from peft_childtune.scores.uses import Use
 
 __all__ = ["add_squares_", "example_gradients", "has_rule", "is_plain_embedding"]
 
-_BLOCK = 1 << 18  # weights per block and thread of a squared gradient: it stays in the cache between matmul and sum
+_BLOCK = 1 << 22  # weights of one example's gradient at a time: 16 MiB, few and large matmuls
 _GPU_BLOCK = 1 << 26  # weights of several examples at once on other devices: 256 MiB
 
 
@@ -55,8 +55,7 @@ def add_squares_(total: Tensor, use: Use, own: str, factors: Tensor) -> None:
             total.index_add_(0, rows, sums.square_(), alpha=factor)
     elif own == "weight" and not _is_layer_norm(module):
         if total.device.type == "cpu":
-            for index, factor in _kept(factors):
-                _add_squared_product_(total, *_reached_factors(use, index), factor=factor)
+            _add_squared_products_one_by_one_(total, use, factors)
         else:
             _add_squared_products_(total, *_factors_of_weight(use), factors)
     else:
@@ -76,8 +75,8 @@ def example_gradients(use: Use, index: int) -> dict[str, Tensor]:
             table = torch.zeros(_weight_shape(module), device=sums.device)
             found[own] = table.index_add_(0, rows, sums)
         elif own == "weight" and not _is_layer_norm(module):
-            left, right = _reached_factors(use, index)
-            found[own] = left.float().T @ right.float()
+            left, right = _factors_of_weight(use)
+            found[own] = left[index].float().T @ right[index].float()
         else:
             found[own] = _small_gradients(use, own, slice(index, index + 1))[0]
     return found
@@ -97,14 +96,18 @@ def _is_layer_norm(module: nn.Module) -> bool:
 
 
 def _grad(use: Use) -> Tensor:
-    assert use.grad is not None, "asked before the backward pass"
-    return use.grad
+    return _by_example(use.grads[0], use)
 
 
 def _input(use: Use) -> Tensor:
     value = use.args[0] if use.args else use.kwargs["input"]
     assert isinstance(value, Tensor)
-    return value
+    return _by_example(value, use)
+
+
+def _by_example(tensor: Tensor, use: Use) -> Tensor:
+    """Return a view whose first dimension is the examples, of a tensor with all their tokens in one dimension."""
+    return tensor if use.rows == 1 else tensor.reshape(use.size, use.rows, *tensor.shape[1:])
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
@@ -126,25 +129,28 @@ def _tokens(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
-def _reached_factors(use: Use, index: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of one example, `(T', A)` and `(T', B)`, with only the tokens that a gradient reaches.
+def _add_squared_products_one_by_one_(total: Tensor, use: Use, factors: Tensor) -> None:
+    """Add `factor * gradient^2` of a matrix product's weight, example by example, in place and block by block.
 
-    Padding is reached nowhere, and all but the first token of a classifier not in its last block.
+    Only the tokens that a gradient reaches take part: padding is reached nowhere, and all but the first token of a
+    classifier not in its last block.
     """
-    inputs, grad = (_tokens(tensor)[index] for tensor in (_input(use), _grad(use)))
-    reached = grad.any(dim=1)
-    if int(reached.sum()) < 0.9 * len(reached):  # else the copy costs more than it saves
-        inputs, grad = inputs[reached], grad[reached]
-    return (inputs, grad) if _is_conv1d(use.owner.module) else (grad, inputs)
-
-
-def _add_squared_product_(total: Tensor, left: Tensor, right: Tensor, *, factor: float) -> None:
-    """Add `factor * (left.T @ right)^2`, in place and block by block."""
-    left, right = left.float().T, right.float()
-    step = max(1, _BLOCK * torch.get_num_threads() // max(1, right.shape[1]))
-    for start in range(0, left.shape[0], step):
-        product = left[start : start + step] @ right
-        total[start : start + step].addcmul_(product, product, value=factor)
+    left, right = _factors_of_weight(use)
+    reached = _tokens(_grad(use)).any(dim=2)
+    pairs = []
+    for (index, factor), count in zip(enumerate(factors.tolist()), reached.sum(1).tolist(), strict=True):
+        if factor and count:
+            # below that the copy costs less than it saves
+            at = reached[index] if count < 0.9 * reached.shape[1] else slice(None)
+            pairs.append((left[index][at].float(), right[index][at].float(), factor))
+    step = max(1, _BLOCK // max(1, total.shape[1]))
+    product = torch.empty(min(step, total.shape[0]), total.shape[1])
+    for start in range(0, total.shape[0], step):
+        block = total[start : start + step]
+        gradient = product[: block.shape[0]]
+        for a, b, factor in pairs:
+            torch.mm(a[:, start : start + step].T, b, out=gradient)
+            block.addcmul_(gradient, gradient, value=factor)
 
 
 def _add_squared_products_(total: Tensor, left: Tensor, right: Tensor, factors: Tensor) -> None:
@@ -180,13 +186,13 @@ def _embedding_rows(module: nn.Module, tokens: Tensor, grad: Tensor) -> tuple[Te
 
 def _recomputed(use: Use, index: int) -> dict[str, Tensor]:
     """Return the gradients of one example by calling the module on it once more."""
-    module, grad = use.owner.module, _grad(use)
-    parameters = {own: module._parameters[own] for own in use.owner.names}
-    leaves = {own: p.detach().requires_grad_() for own, p in parameters.items() if p is not None}
+    module = use.owner.module
+    leaves = {own: module.get_parameter(own).detach().requires_grad_() for own in use.owner.names}
 
     def one(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == use.size:
-            return value[index : index + 1]
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] in (use.size, use.size * use.rows):
+            rows = value.shape[0] // use.size
+            return value[index * rows : (index + 1) * rows]
         if isinstance(value, tuple):
             return tuple(one(item) for item in value)
         return value
@@ -195,10 +201,13 @@ def _recomputed(use: Use, index: int) -> dict[str, Tensor]:
         kwargs = {key: one(value) for key, value in use.kwargs.items()}
         # a parameter that modules further in hold as well counts there: each of them is tapped on its own
         output = functional_call(module, leaves, one(use.args), kwargs, tie_weights=False)
-        wanted = grad[index : index + 1].to(output.dtype)
+        outputs = output if isinstance(output, tuple) else (output,)
+        reached = [(outputs[place], one(grad)) for place, grad in use.grads.items() if outputs[place].requires_grad]
         grads: tuple[Tensor | None, ...] = (None,) * len(leaves)
-        if output.requires_grad:
-            grads = torch.autograd.grad(output, list(leaves.values()), grad_outputs=wanted, allow_unused=True)
+        if reached:
+            wanted = [grad.to(output.dtype) for output, grad in reached]
+            ends = [output for output, _ in reached]
+            grads = torch.autograd.grad(ends, list(leaves.values()), grad_outputs=wanted, allow_unused=True)
     return {
         own: torch.zeros_like(leaf, dtype=torch.float32) if got is None else got.float()
         for (own, leaf), got in zip(leaves.items(), grads, strict=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -21,6 +22,8 @@ __all__ = ["DATA_SCORES", "score_parameters"]
 
 _TITLES = {"fisher": "Fisher information", "fisher_batch": "Batch Fisher information", "gradient": "Mean gradient"}
 
+_BATCHWISE: dict[str, type[BatchGradients]] = {"fisher_batch": BatchFisher, "gradient": MeanGradient}
+
 DATA_SCORES = frozenset(_TITLES)
 
 
@@ -32,6 +35,7 @@ def score_parameters(
     score: str = "fisher",
     num_batches: int | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    scores_device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> ScoreResult:
     """Return how much each weight matters for the loss on the data.
@@ -49,6 +53,8 @@ def score_parameters(
             `gradient`, absolute value of the mean gradient.
         num_batches: read at most so many batches; None reads all.
         loss_fn: takes the model and a batch, returns a scalar.
+        scores_device: where the sums are kept, 4 bytes a weight: `"cpu"` leaves an accelerator with one gradient at a
+            time. None keeps each beside its parameter.
         show_progress: show a progress bar.
 
     Returns:
@@ -80,6 +86,7 @@ def score_parameters(
     model = _unwrapped(model)
     distinct = _distinct(model, parameters)
     device = next(parameter.device for parameter in model.parameters())
+    kept_on = None if scores_device is None else torch.device(scores_device)
     with preserved(model, device):
 
         def loss_of_batch(batch: Any, index: int) -> Tensor:
@@ -87,9 +94,9 @@ def score_parameters(
 
         scorer: PerExampleFisher | BatchGradients
         if score == "fisher":
-            scorer = PerExampleFisher(model, distinct, loss_of_batch)
+            scorer = PerExampleFisher(model, distinct, loss_of_batch, device=kept_on)
         else:
-            scorer = (BatchFisher if score == "fisher_batch" else MeanGradient)(distinct, loss_of_batch)
+            scorer = _BATCHWISE[score](distinct, loss_of_batch, device=kept_on)
         num_examples, index, losses = 0, -1, []
         batches = _batches(dataloader, num_batches, title=_TITLES[score] if show_progress else None)
         for index, batch in enumerate(batches):

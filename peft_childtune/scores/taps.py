@@ -64,29 +64,38 @@ class Taps:
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return output  # a part of the model that no gradient reaches
-            if not isinstance(output, Tensor):
-                raise CannotSplit(f"{owner.path} returns a {type(output).__name__}")
-            shape = tuple(output.shape)
-            if shape[:1] == (1,) and is_plain_embedding(module):
+            if isinstance(output, Tensor) and output.shape[:1] == (1,) and is_plain_embedding(module):
                 # position embeddings: computed once, added to every example; from here on each has its own copy
                 (tokens,) = (*args, *kwargs.values())
                 args, kwargs = (tokens.expand(self.size, *tokens.shape[1:]),), {}
-                output = output.expand(self.size, *shape[1:])
-            elif shape[:1] != (self.size,):
-                raise CannotSplit(f"the output of {owner.path} has shape {shape}, not {self.size} examples first")
-            tapped: Tensor = output
-            if not output.requires_grad:
-                tapped = _Root.apply(output, self.anchor)  # type: ignore[no-untyped-call]
+                output = output.expand(self.size, *output.shape[1:])
             # checkpointing calls a module again during the backward pass: no gradient arrives at these uses
             use = Use(owner, _detached(args), {key: _detached(value) for key, value in kwargs.items()}, self.size)
             self.uses.append(use)
-            tapped.register_hook(lambda grad: self._receive(use, grad))  # type: ignore[no-untyped-call]
-            return tapped
+            if type(output) is tuple:
+                return tuple(self._tap(item, use, place) for place, item in enumerate(output))
+            if not isinstance(output, Tensor):
+                raise CannotSplit(f"{owner.path} returns a {type(output).__name__}")
+            return self._tap(output, use, 0)
 
         return listen
 
-    def _receive(self, use: Use, grad: Tensor) -> None:
-        use.grad = grad.detach()
+    def _tap(self, output: Any, use: Use, place: int) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        rows, rest = divmod(output.shape[0], self.size) if output.dim() else (0, 0)
+        if rest or rows < 1:
+            shape = tuple(output.shape)
+            raise CannotSplit(f"the output of {use.owner.path} has shape {shape}, not {self.size} examples first")
+        use.rows = max(use.rows, rows)
+        tapped: Tensor = output
+        if not output.requires_grad:
+            tapped = _Root.apply(output, self.anchor)  # type: ignore[no-untyped-call]
+        tapped.register_hook(lambda grad: self._receive(use, place, grad))  # type: ignore[no-untyped-call]
+        return tapped
+
+    def _receive(self, use: Use, place: int, grad: Tensor) -> None:
+        use.grads[place] = grad.detach()
         self.on_gradient(use)
 
 

@@ -163,16 +163,22 @@ def _select_units(scores: Mapping[str, Tensor], *, grids: Mapping[str, UnitGrid]
 
 
 def _score_neurons(name: str, scores: Tensor, grid: UnitGrid, density: float) -> Tensor:
-    if bool(scores.isnan().any()):
+    if scores.numel() and bool(scores.max().isnan()):
         raise ScoreError(f"{name}: a score is NaN; check the loss and the data for overflow before selecting.")
-    flat = scores.detach().reshape(-1)
-    return select_per_neuron(grid, density=density, read=lambda at: flat[at.to(flat.device)]).to(scores.device)
+    matrix = scores.detach().reshape(grid.matrix_shape)
+    matrix = matrix.T if grid.transposed else matrix
+    chosen = select_per_neuron(grid, density=density, read=lambda start, stop: matrix[start:stop])
+    return chosen.to(scores.device)
 
 
 def _draw_neurons(grid: UnitGrid, *, density: float, seed: int, stream: int) -> Tensor:
+    positions = torch.arange(grid.numel).reshape(grid.matrix_shape)
+    positions = positions.T if grid.transposed else positions
     # the smallest hash first; a hash has 63 bits, so its negative is exact
     return select_per_neuron(
-        grid, density=density, read=lambda at: hash_positions(at, seed=seed, stream=stream).neg_()
+        grid,
+        density=density,
+        read=lambda start, stop: hash_positions(positions[start:stop], seed=seed, stream=stream).neg_(),
     )
 
 

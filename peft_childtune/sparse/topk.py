@@ -1,4 +1,8 @@
-"""Exact top-k over many tensors, streamed: a radix histogram over float bits, no sort and no concatenation."""
+"""Exact top-k over many tensors, streamed: a radix histogram over float bits, no sort and no concatenation.
+
+Chunks are numpy arrays on the CPU and tensors elsewhere: numpy compares five times faster than torch 2.13, and its one
+thread does not wait at the end of every operation on every chunk for another one that is busy with something else.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from ..errors import BudgetError, ScoreError
 
 _CPU_CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 24  # scores at a time: within the cache, and few launches
 _DIGIT = 16  # bits per histogram
-_FEW = 1 << 20  # scores of one digit that are simply sorted
+_FEW = 1 << 20  # scores of one digit that are simply partitioned
 
 
 def select_topk(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
@@ -56,48 +60,44 @@ def select_topk(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
 def _find_threshold(flat: dict[str, Tensor], k: int, dtype: torch.dtype) -> tuple[float, int | None]:
     """Return the `k`-th largest score, and how many equal to it belong to the `k` largest: None for all of them."""
     bits = 64 if dtype == torch.float64 else 32
-    shift, prefix, left = bits, 0, k
+    shift, prefix, left, half = bits, 0, k, 1 << (_DIGIT - 1)
     while shift > 0:
         shift -= _DIGIT
         is_first = shift + _DIGIT == bits
-        histogram = torch.zeros(1 << _DIGIT, dtype=torch.int64)
+        histogram = np.zeros(1 << _DIGIT, dtype=np.int64)
         for name, tensor in flat.items():
             for _, chunk in _chunks(tensor, dtype):
                 if is_first:
                     _refuse_nan(name, chunk)
-                keys = _order_keys(chunk if is_first else _within(chunk, prefix, shift + _DIGIT))
-                digits = keys.bitwise_right_shift_(shift)
-                # the first digit carries the sign
-                digits = digits.add_(1 << 15) if is_first else digits.bitwise_and_((1 << _DIGIT) - 1)
-                histogram += torch.bincount(digits, minlength=1 << _DIGIT).cpu()
+                histogram += _counts(chunk if is_first else _within(chunk, prefix, shift + _DIGIT), shift)
+        if (
+            is_first
+        ):  # the first digit carries the sign: negative scores come first, and the larger their bits the lower
+            histogram = np.concatenate([histogram[half:][::-1], histogram[:half]])
+        elif prefix < 0:
+            histogram = histogram[::-1]
         if k == 0:
             return float("inf"), 0
-        reached = histogram.flip(0).cumsum(0)
-        from_top = int(torch.searchsorted(reached, left))
+        reached = histogram[::-1].cumsum()
+        from_top = int(np.searchsorted(reached, left))
         digit = (1 << _DIGIT) - 1 - from_top
         population = int(histogram[digit])
         left -= int(reached[from_top]) - population
-        prefix = digit - (1 << 15) if is_first else (prefix << _DIGIT) | digit
+        prefix = digit - half if is_first else (prefix << _DIGIT) | digit
         if shift and population <= _FEW:
-            parts = [
-                _within(chunk, prefix, shift).cpu() for tensor in flat.values() for _, chunk in _chunks(tensor, dtype)
-            ]
-            values = torch.cat(parts).sort(descending=True).values
-            bound = values[left - 1]
+            chunks = (chunk for tensor in flat.values() for _, chunk in _chunks(tensor, dtype))
+            values = np.concatenate([_to_numpy(_within(chunk, prefix, shift)) for chunk in chunks])
+            bound = np.partition(values, population - left)[population - left]
             left -= int((values > bound).sum())
             return float(bound), None if left == int((values == bound).sum()) else left
     return _key_to_float(prefix, dtype), None if left == population else left
 
 
-def _within(chunk: Tensor, prefix: int, shift: int) -> Tensor:
+def _within(chunk: Any, prefix: int, shift: int) -> Any:
     """Return the scores whose keys begin with `prefix`, above the lowest `shift` bits."""
-    low = _key_to_float(prefix << shift, chunk.dtype)
-    high = _key_to_float(((prefix + 1) << shift) - 1, chunk.dtype)
-    if chunk.device.type == "cpu":
-        array = chunk.numpy()
-        return torch.from_numpy(
-            array[(array >= chunk.new_tensor(low).numpy()) & (array <= chunk.new_tensor(high).numpy())]
-        )
+    dtype = torch.float64 if chunk.itemsize == 8 else torch.float32
+    low = _key_to_float(prefix << shift, dtype)
+    high = _key_to_float(((prefix + 1) << shift) - 1, dtype)
     return chunk[(chunk >= low) & (chunk <= high)]
 
 
@@ -105,31 +105,47 @@ def _collect(flat: dict[str, Tensor], *, bound: float, ties: int | None, dtype: 
     """Return the positions of all scores above `bound`, and of the first `ties` that equal it."""
     left, positions = ties, {}
     for name, tensor in flat.items():
-        found = [torch.empty(0, dtype=torch.int64, device=tensor.device)]
+        library: Any = np if tensor.device.type == "cpu" else torch
+        place = {} if library is np else {"device": tensor.device}
+        size = sum(int(library.count_nonzero(chunk >= bound)) for _, chunk in _chunks(tensor, dtype))
+        found, end = library.empty(size, dtype=library.int64, **place), 0
         for start, chunk in _chunks(tensor, dtype):
             at, left = _above(chunk, bound, left)
-            found.append(at.add_(start))
-        positions[name] = torch.cat(found)
+            found[end : end + len(at)] = at
+            found[end : end + len(at)] += start
+            end += len(at)
+        kept = found if end == size else found[:end] + 0  # a copy: of the ties only some were kept
+        positions[name] = torch.from_numpy(kept) if library is np else kept
     return positions
 
 
-def _above(chunk: Tensor, bound: float, ties: int | None) -> tuple[Tensor, int | None]:
+def _above(chunk: Any, bound: float, ties: int | None) -> tuple[Any, int | None]:
     """Return the positions above `bound` and the first `ties` that equal it, and the ties left over."""
-    on_cpu = chunk.device.type == "cpu"
-    values: Any = chunk.numpy() if on_cpu else chunk  # numpy compares five times faster than torch 2.13 on the CPU
-    limit: Any = chunk.new_tensor(bound).numpy() if on_cpu else bound
     if ties is None:
-        return _positions(values >= limit), None
-    mask = values > limit
+        return _positions(chunk >= bound), None
+    mask = chunk > bound
     if ties:
-        equal = _positions(values == limit)[:ties]
-        mask[equal.numpy() if on_cpu else equal] = True
-        ties -= equal.numel()
+        equal = _positions(chunk == bound)[:ties]
+        mask[equal] = True
+        ties -= len(equal)
     return _positions(mask), ties
 
 
-def _positions(mask: Any) -> Tensor:
-    return mask.nonzero().flatten() if isinstance(mask, Tensor) else torch.from_numpy(np.flatnonzero(mask))
+def _positions(mask: Any) -> Any:
+    return mask.nonzero().flatten() if isinstance(mask, Tensor) else np.flatnonzero(mask)
+
+
+def _counts(values: Any, shift: int) -> Any:
+    """Return how often each digit, `_DIGIT` bits above the lowest `shift`, occurs in the bits of the scores."""
+    library: Any = torch if isinstance(values, Tensor) else np
+    digits = (values + 0.0).view(library.int64 if values.itemsize == 8 else library.int32)  # + 0.0: a -0.0 becomes 0.0
+    digits >>= shift
+    digits &= (1 << _DIGIT) - 1
+    return _to_numpy(library.bincount(digits, minlength=1 << _DIGIT))
+
+
+def _to_numpy(values: Any) -> Any:
+    return values.cpu().numpy() if isinstance(values, Tensor) else values
 
 
 def _flat(name: str, tensor: Tensor) -> Tensor:
@@ -138,25 +154,21 @@ def _flat(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
 
 
-def _chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    size = _CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK
+def _chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Any]]:
+    on_cpu = tensor.device.type == "cpu"
+    size = _CPU_CHUNK if on_cpu else _DEVICE_CHUNK
     for start in range(0, tensor.numel(), size):
-        yield start, tensor[start : start + size].to(dtype)
+        chunk = tensor[start : start + size].to(dtype)
+        yield start, chunk.numpy() if on_cpu else chunk
 
 
-def _refuse_nan(name: str, chunk: Tensor) -> None:
-    if bool(chunk.max().isnan()):  # max hands a NaN on, at a fraction of the cost of isnan over all
+def _refuse_nan(name: str, chunk: Any) -> None:
+    if math.isnan(chunk.max()):  # max hands a NaN on, at a fraction of the cost of isnan over all
         raise ScoreError(f"{name}: a score is NaN; check the loss and the data for overflow before selecting.")
 
 
-def _order_keys(values: Tensor) -> Tensor:
-    """Return integers in the order of the floats: their bits, with those of negative ones turned round."""
-    integer, top = (torch.int64, 63) if values.dtype == torch.float64 else (torch.int32, 31)
-    bits = (values + 0.0).view(integer)  # + 0.0 makes -0.0 a 0.0
-    return bits.bitwise_xor_((bits >> top).bitwise_and_((1 << top) - 1))
-
-
 def _key_to_float(key: int, dtype: torch.dtype) -> float:
+    """Return the float of a key, an integer in the order of the floats: its bits, the negative ones reversed."""
     integer, top = (torch.int64, 63) if dtype == torch.float64 else (torch.int32, 31)
     key = -2 if key == -1 else key  # -0.0, which no score has, would let 0.0 in
     bits = key if key >= 0 else key ^ ((1 << top) - 1)

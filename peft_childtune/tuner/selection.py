@@ -127,6 +127,7 @@ def select_child_network(
     num_batches: int | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     adapter_name: str = "default",
+    scores_device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> ChildNetwork:
     """Choose the child network of an adapter, make it the one that is trained, and return it.
@@ -141,6 +142,8 @@ def select_child_network(
         num_batches: look at so many batches only; None for all.
         loss_fn: called as `loss_fn(model, batch)`; returns the mean loss of the batch.
         adapter_name: whose child.
+        scores_device: where the scores are kept, 4 bytes for each covered weight; `"cpu"` where an accelerator has no
+            room for them. None keeps each beside its weight.
         show_progress: show a progress bar.
 
     Returns:
@@ -201,6 +204,7 @@ def select_child_network(
                 score=config.score,
                 num_batches=num_batches,
                 loss_fn=loss_fn,
+                scores_device=scores_device,
                 show_progress=show_progress,
             )
         children = select_children(
@@ -211,6 +215,7 @@ def select_child_network(
             groups=_groups(model, result.scores),
         )
         record |= {"source": config.score, "examples": result.num_examples, "loss": result.loss}
+        del result  # the scores, as large as the covered weights in fp32
     install_children(model, adapter_name, children, config=config)
     layers = layers_of(model, adapter_name).values()
     deltas = [

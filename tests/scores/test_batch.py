@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from peft_childtune.errors import ScoreError
-from peft_childtune.scores.batch import batch_size, detached_to, example, label_counts, lacks_labels, loss_of
+from peft_childtune.scores.batch import batch_size, detached_to, examples, label_counts, lacks_labels, loss_of
 
 Pair = namedtuple("Pair", "x y")
 
@@ -42,7 +42,7 @@ def test_an_example_is_cut_from_everything_that_has_one_part_per_example():
         "table": torch.zeros(2, 3),
         "flag": True,
     }
-    one = example(batch, 1, size=3)
+    one = examples(batch, slice(1, 2), size=3)
     assert one["x"].tolist() == [[2, 3]]
     assert one["deep"][0]["y"].tolist() == [2] and one["deep"][1][0].tolist() == [5]
     assert one["names"] == ["b"] and [p.tolist() for p in one["pictures"]] == [[1.0, 1.0]]
@@ -51,7 +51,7 @@ def test_an_example_is_cut_from_everything_that_has_one_part_per_example():
 
 def test_containers_keep_their_types():
     batch = (Pair(torch.zeros(2), torch.ones(2)), BatchEncoding({"input_ids": torch.zeros(2, 3)}))
-    pair, encoding = example(batch, 0, size=2)
+    pair, encoding = examples(batch, slice(0, 1), size=2)
     assert isinstance(pair, Pair) and pair.y.tolist() == [1.0]
     assert isinstance(encoding, BatchEncoding) and encoding.input_ids.shape == (1, 3)
     assert batch[1].input_ids.shape == (2, 3)
@@ -59,7 +59,7 @@ def test_containers_keep_their_types():
 
 def test_a_list_of_mappings_is_a_list_of_examples():
     batch = [{"x": torch.zeros(7)}, {"x": torch.ones(9)}]
-    assert example(batch, 1, size=2) == [batch[1]]
+    assert examples(batch, slice(1, 2), size=2) == [batch[1]]
 
 
 def test_tensors_are_moved_at_any_depth_and_detached():

@@ -172,6 +172,35 @@ class TwiceUsed(nn.Module):
         return self.head(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
 
 
+class Router(nn.Module):
+    """Returns two tensors and a list of integers for each token, with a parameter behind either tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(x, self.weight)
+        return logits, logits.softmax(-1) * self.scale, logits.argmax(-1)
+
+
+class Routed(nn.Module):
+    """Flattens examples and tokens into one dimension for a part of its work."""
+
+    def __init__(self, router: nn.Module | None = None) -> None:
+        super().__init__()
+        self.router = router
+        self.inner, self.norm, self.head = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 6)
+        hidden = torch.tanh(self.norm(self.inner(flat)))
+        if self.router is not None:
+            logits, shares, best = self.router(flat)
+            hidden = hidden * shares + torch.tanh(logits) * (best > 3)[:, None]
+        return self.head(hidden.reshape(*x.shape[:2], 8).mean(1))
+
+
 class Scaled(nn.Module):
     """A layer of unknown make: a learned shift and scale, and a parameter that takes no part."""
 
@@ -253,8 +282,14 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]], bool]] 
     "unknown layer around another": (lambda: Scaled(nn.Linear(6, 3)), lambda: labelled(torch.randn(4, 6)), True),
     "attention with tuple outputs": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Flatten(), nn.Linear(40, 3)),
-        lambda: labelled(torch.randn(4, 5, 8)),
-        False,
+        lambda: labelled(torch.randn(4, 5, 8), torch.randn(3, 5, 8)),
+        True,
+    ),
+    "tokens of all examples in one dimension": (Routed, lambda: labelled(torch.randn(4, 5, 6)), True),
+    "a router that returns a tuple": (
+        lambda: Routed(Router()),
+        lambda: labelled(torch.randn(4, 5, 6), torch.randn(3, 5, 6)),
+        True,
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -106,6 +107,18 @@ def test_integer_scores_are_refused():
 
 def test_no_tensors_give_no_positions():
     assert select_topk({}, 0) == {}
+
+
+@pytest.mark.parametrize("k", [1, 1000, 40_000])
+def test_the_scores_are_not_copied(k):
+    scores = {str(i): torch.randn(1_000_000).square_() for i in range(4)}
+    tracemalloc.start()  # sees numpy's arrays, with which the CPU computes, from the chunks to the positions
+    try:
+        select_topk(scores, k)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 8 * k <= peak < 0.4 * sum(tensor.nbytes for tensor in scores.values())
 
 
 def test_the_scores_stay_as_they_were():
