@@ -14,12 +14,12 @@ from .options import WeightGradient, kernel_options
 
 __all__ = ["child_gradient", "choose_path"]
 
-CHUNK = 64  # tokens of one product: short enough for the cache
-GROUP = 512  # tokens that are transposed at a time: their copies cost no memory to speak of
+CHUNK = 256  # tokens of one product: their copies stay in the cache, and cost no memory to speak of
+TILE = 32  # tokens that are transposed by one product with the identity
 
 # Costs in multiply-adds of a dense product, measured by examples/benchmarks/step.py --kernels (CPU, float32):
 SAMPLED_COST = 8.0  # one kept entry, one token
-TRANSPOSE_COST = 140.0  # one row or column of the hull, one token, brought into the order that `sampled` reads
+TRANSPOSE_COST = 120.0  # one row or column of the hull, one token, brought into the order that `sampled` reads
 SELECT_COST = 40.0  # one row or column picked out of the others, one token
 CALL_COST = 1e6  # of a `sampled` product, whatever its size
 
@@ -99,25 +99,24 @@ def _sampled(a: Tensor, b: Tensor, indices: Tensor, hull: Hull) -> Tensor:
     entries = torch.zeros(indices.numel(), dtype=dtype, device=a.device)
     _pass_the_beta_warning()
     product = torch.sparse_csr_tensor(starts, column.to(torch.int32), entries, size=hull.size, check_invariants=False)
-    for start in range(0, a.shape[0], GROUP):
-        group = slice(start, start + GROUP)
-        one = _tokens_last(_columns(a[group], hull.rows).to(dtype))
-        other = _tokens_last(_columns(b[group], hull.columns).to(dtype))
-        for left, right in zip(one, other, strict=True):
-            product = torch.sparse.sampled_addmm(product, left, right.t())
+    for start in range(0, a.shape[0], CHUNK):
+        chunk = slice(start, start + CHUNK)
+        one = _tokens_last(_columns(a[chunk], hull.rows).to(dtype))
+        other = _tokens_last(_columns(b[chunk], hull.columns).to(dtype))
+        torch.sparse.sampled_addmm(product, one, other.t(), out=product)
     return product.values().to(a.dtype)
 
 
-def _tokens_last(matrix: Tensor) -> list[Tensor]:
-    """Return `(tokens, n)` as matrices `(n, CHUNK)`, the last of them with the tokens that are left."""
+def _tokens_last(matrix: Tensor) -> Tensor:
+    """Return `(tokens, n)` as a contiguous `(n, tokens)`.
+
+    With several threads by products with the identity: torch's own transposition runs in one.
+    """
     tokens, width = matrix.shape
-    if matrix.device.type != "cpu" or torch.get_num_threads() == 1 or tokens < CHUNK:
-        return [chunk.t() for chunk in torch.split(matrix, CHUNK)]
-    # torch transposes with one thread; a product with the identity does the same with all of them
-    whole = tokens - tokens % CHUNK
-    chunks = matrix[:whole].reshape(-1, CHUNK, width).transpose(1, 2)
-    transposed = torch.matmul(chunks, torch.eye(CHUNK, dtype=matrix.dtype))
-    return [*transposed, *(chunk.t() for chunk in torch.split(matrix[whole:], CHUNK) if chunk.shape[0])]
+    if matrix.device.type != "cpu" or torch.get_num_threads() == 1 or tokens % TILE:
+        return matrix.t().contiguous()
+    tiles = matrix.reshape(-1, TILE, width).transpose(1, 2) @ torch.eye(TILE, dtype=matrix.dtype)
+    return tiles.transpose(0, 1).reshape(width, tokens)
 
 
 @lru_cache(maxsize=1)
