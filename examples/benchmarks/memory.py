@@ -33,6 +33,7 @@ METHODS = (
     "supertuning:0.1",
     "element:0.1",
     "rows:0.1",
+    "columns:0.1",
     "shira:0.01",
     "supertuning:0.01",
     "element:0.01",
@@ -119,7 +120,7 @@ def measure(method: str, options: argparse.Namespace) -> dict[str, float | None]
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser(__doc__, repeats=2)  # runs differ by a thousandth
+    arguments = parser(__doc__, repeats=1)  # runs differ by a thousandth
     arguments.add_argument("--methods", nargs="+", default=None, help="method or method:density")
     base_arguments(arguments, layers=6)
     arguments.add_argument("--worker", help=argparse.SUPPRESS)

@@ -37,6 +37,7 @@ torch.sparse.check_sparse_tensor_invariants.disable()  # the default, said aloud
 
 IN_BLOCKS = re.compile(r"(\.layer|\.h|\.layers)\.\d+\.")
 GRANULARITY = {"element": "element", "rows": "row", "columns": "column", "block16": "block"}
+PUBLISHED = {"bert": (30522, 12), "gpt2": (50257, 12), "llama": (128256, 16)}  # vocabulary and layers
 Batch = dict[str, Tensor]
 
 
@@ -95,7 +96,7 @@ def base_arguments(arguments: argparse.ArgumentParser, *, layers: int, architect
             "--architecture", choices=("bert", "gpt2", "llama"), help="default bert, on a GPU llama"
         )
     arguments.add_argument("--layers", type=int, help=f"default {layers}, of llama 16")
-    arguments.add_argument("--vocab", type=int, default=1000)
+    arguments.add_argument("--vocab", type=int, help="default: the published one, in proportion to the layers")
     arguments.add_argument("--dtype", help="default float32, of llama bfloat16")
     arguments.set_defaults(default_layers=layers)
 
@@ -104,10 +105,12 @@ def base_of(options: argparse.Namespace, *, architecture: str | None = None) -> 
     """Return the base that the options describe; a quick one has one narrow layer."""
     architecture = architecture or options.architecture or ("bert" if options.device == "cpu" else "llama")
     llama = architecture == "llama"
+    vocabulary, depth = PUBLISHED[architecture]
+    layers = 1 if options.quick else options.layers or (16 if llama else options.default_layers)
     return Base(
         architecture=architecture,
-        layers=1 if options.quick else options.layers or (16 if llama else options.default_layers),
-        vocab=50 if options.quick else options.vocab,
+        layers=layers,
+        vocab=50 if options.quick else options.vocab or round(vocabulary * layers / depth),
         dtype=getattr(torch, options.dtype or ("bfloat16" if llama else "float32")),
         device=options.device,
         quick=options.quick,

@@ -18,7 +18,8 @@ plt.rcParams["font.size"] = 9
 Row = dict[str, Any]
 # Okabe and Ito's palette; ours are blue, peers are not
 STYLE: dict[str, tuple[str, str, str]] = {
-    "element": ("ours, single weights", "#0072B2", "o"),
+    "fisher": ("ours, by Fisher information", "#0072B2", "*"),
+    "element": ("ours, at random", "#0072B2", "o"),
     "rows": ("ours, rows", "#56B4E9", "s"),
     "columns": ("ours, columns", "#56B4E9", "D"),
     "block16": ("ours, 16 x 16 blocks", "#56B4E9", "X"),
@@ -54,7 +55,7 @@ def memory_figure(rows: Sequence[Row]) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 0.36 * len(rows) + 0.9), layout="constrained")
     ordered = sorted(rows, key=lambda row: -row["peak_mib"])
     labels = [STYLE[row["method"]][0] + (f", {100 * row['density']:g} %" if row["density"] else "") for row in ordered]
-    colours = ["#0072B2" if row["method"] in ("element", "rows") else "#999999" for row in ordered]
+    colours = ["#0072B2" if row["method"] in ("element", "rows", "columns") else "#999999" for row in ordered]
     axes.barh(labels, [row["peak_mib"] for row in ordered], color=colours)
     imports = max(row["imports_mib"] for row in ordered)
     if imports:  # on a GPU they are not counted

@@ -3,9 +3,9 @@
     python examples/benchmarks/step.py
     python examples/benchmarks/step.py --plan bert:16x128:0.1,0.01 gpt2:4x128:0.01 --dtype bfloat16
 
-One process; for each density all methods are built anew and timed in turns. Children and the authors' masks are
-random: positions without structure are the slowest to gather. SHiRA's are random too, Super-Tuning's are the largest
-weights.
+One process; for each density all methods are built anew and timed in turns. `fisher` is the library's default child, as
+chosen by Fisher information; all other children, the authors' masks and SHiRA's are random: positions without structure
+are the slowest. Super-Tuning's are the largest weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from harness import Value, finish, interleave, parse, parser, ratio
 from peers import Base, Batch, Trainee, base_arguments, base_of, random_masks, trainee, wrap
 
+from peft_childtune import select_child_network
 from peft_childtune.kernels import use_kernels
 
 REFERENCES = ("full", "authors", "lora_r8")  # in every group, so that every ratio is a paired one
@@ -28,7 +29,7 @@ QUICK = ["bert:2x8:0.1", "gpt2:2x8:0.1"]
 
 def methods(density: float) -> list[str]:
     """Return what is timed beside the references at one density."""
-    names = ["shira", "supertuning", "element"]
+    names = ["shira", "supertuning", "fisher", "element"]
     if density in (0.1, 0.01):
         names += ["rows", "columns", "block16", "element:sampled", "element:gather"]
     return names + ["lora_r16"] * (density == 0.1)
@@ -47,7 +48,11 @@ def group(base: Base, batch: Batch, *, density: float, repeats: int) -> list[dic
         name, _, path = method.partition(":")
         if not base.supports(name):
             continue
-        model = wrap(name, base.build(), density=density)
+        if name == "fisher":
+            model = wrap("element", base.build(), density=density, score="fisher")
+            select_child_network(model, [base.batch(4, 32)], show_progress=False)
+        else:
+            model = wrap(name, base.build(), density=density)
         masks = random_masks(model, density) if name == "authors" else None
         cases[method] = trainee(name, model, masks=masks)
         steps[method] = partial(run, cases[method], batch, path)
@@ -68,7 +73,7 @@ def group(base: Base, batch: Batch, *, density: float, repeats: int) -> list[dic
 def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__, repeats=5)
     arguments.add_argument("--plan", nargs="+", help="architecture:rows x tokens:densities, for example bert:4x64:0.1")
-    base_arguments(arguments, layers=4, architecture=False)
+    base_arguments(arguments, layers=3, architecture=False)
     options = parse(arguments, argv)
     rows: list[dict[str, Value]] = []
     for entry in options.plan or (QUICK if options.quick else PLANS[options.device]):

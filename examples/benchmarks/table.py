@@ -64,6 +64,14 @@ def peers_of(
     return result
 
 
+STEP_KINDS = {
+    "fisher": " by Fisher information",
+    "element": " at random",
+    "rows": " of the rows",
+    "columns": " of the columns",
+}
+
+
 def step_lines(rows: Sequence[Row]) -> list[Line]:
     lines = []
     settings = dict.fromkeys((row["architecture"], row["rows"], row["tokens"]) for row in rows)
@@ -73,16 +81,16 @@ def step_lines(rows: Sequence[Row]) -> list[Line]:
         densities = dict.fromkeys(row["density"] for row in here)
         for density in densities if position == 0 else [d for d in densities if d in (0.1, 0.01)]:
             peers = peers_of(here, "to_full", density=density)
-            for method, kind in (("element", ""), ("rows", " of the rows")):
+            for method, kind in STEP_KINDS.items():
                 ours = find(here, method=method, density=density)
-                if ours is not None and (method == "element" or (position == 0 and density == 0.1)):
+                if ours is not None and (method == "element" or position == 0):
                     lines.append(Line(f"{name}, {100 * density:g} %{kind}", ours["to_full"], peers))
     return lines
 
 
 def memory_lines(rows: Sequence[Row]) -> list[Line]:
     lines = []
-    for method, kind in (("element", ""), ("rows", " of the rows")):
+    for method, kind in (("element", ""), ("rows", " of the rows"), ("columns", " of the columns")):
         for ours in [row for row in rows if row["method"] == method]:
             peers = peers_of(rows, "peak_mib", density=ours["density"])
             what = f"peak memory of a whole run, MiB, {100 * ours['density']:g} %{kind}"
