@@ -54,7 +54,8 @@ def memory_figure(rows: Sequence[Row]) -> Figure:
     """Draw the peak memory of each method's whole run, and what the imported libraries take of it."""
     figure, axes = plt.subplots(figsize=(7, 0.36 * len(rows) + 0.9), layout="constrained")
     ordered = sorted(rows, key=lambda row: -row["peak_mib"])
-    labels = [STYLE[row["method"]][0] + (f", {100 * row['density']:g} %" if row["density"] else "") for row in ordered]
+    style = STYLE | {"element": ("ours, single weights", "", "")}
+    labels = [style[row["method"]][0] + (f", {100 * row['density']:g} %" if row["density"] else "") for row in ordered]
     colours = ["#0072B2" if row["method"] in ("element", "rows", "columns") else "#999999" for row in ordered]
     axes.barh(labels, [row["peak_mib"] for row in ordered], color=colours)
     imports = max(row["imports_mib"] for row in ordered)
