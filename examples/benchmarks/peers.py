@@ -59,16 +59,19 @@ class Base:
         size: dict[str, int] = {"vocab_size": self.vocab}
         if self.architecture == "gpt2":
             narrow = {"n_embd": 64, "n_head": 2} if self.quick else {}
-            model: nn.Module = GPT2LMHeadModel(GPT2Config(n_layer=self.layers, **size, **narrow))
+            dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            model: nn.Module = GPT2LMHeadModel(GPT2Config(n_layer=self.layers, **size, **narrow, **dropout))
         elif self.architecture == "llama":
             width = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
             if self.quick:
                 width = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
-            config = LlamaConfig(num_hidden_layers=self.layers, num_key_value_heads=8, **width, **size)
-            model = LlamaForCausalLM(config)
+            llama = LlamaConfig(num_hidden_layers=self.layers, num_key_value_heads=8, **width, **size)
+            model = LlamaForCausalLM(llama)
         else:
             narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2} if self.quick else {}
-            model = BertForSequenceClassification(BertConfig(num_hidden_layers=self.layers, **size, **narrow))
+            dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            bert = BertConfig(num_hidden_layers=self.layers, **size, **narrow, **dropout)
+            model = BertForSequenceClassification(bert)
         return model.to(device=self.device, dtype=self.dtype)
 
     def batch(self, rows: int, tokens: int) -> Batch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,29 +16,24 @@ from .options import kernel_options
 
 __all__ = ["ComposedWeights"]
 
-
 _Bits = npt.NDArray[np.signedinteger[Any]]
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a floating point number
 
 
-@dataclass(frozen=True, eq=False)
-class _Composed:
-    weight: Tensor
-    base: tuple[Any, ...]
-    deltas: list[tuple[Any, ...]]
-    indices: list[Tensor | None]
-    values: list[_Bits]  # copies, on a CPU: there, comparing bits is cheap, and misses no change
+class _Trace:
+    """What tells whether a tensor is the one that was seen, not written to since."""
 
-    def is_of(self, base: Tensor, edits: Sequence[Edit]) -> bool:
-        return (
-            len(edits) == len(self.deltas)
-            and self.base == _identity(base)
-            and all(
-                edit.indices is indices and _identity(edit.values) == identity
-                for edit, indices, identity in zip(edits, self.indices, self.deltas, strict=True)
-            )
-            and all((_bits(edit.values) == copy).all() for edit, copy in zip(edits, self.values, strict=False))
-        )
+    def __init__(self, tensor: Tensor) -> None:
+        self.ref = weakref.ref(tensor)
+        self.state = _state(tensor)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        return self.ref() is tensor and self.state == _state(tensor)
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
 def _bits(values: Tensor) -> _Bits:
@@ -47,9 +42,25 @@ def _bits(values: Tensor) -> _Bits:
     return found
 
 
-def _identity(base: Tensor) -> tuple[Any, ...]:
-    version = 0 if base.is_inference() else base._version
-    return id(base), base.data_ptr(), version, base.dtype, base.device
+class _Composed:
+    """A composed weight, and what it was composed from."""
+
+    def __init__(self, base: Tensor, edits: Sequence[Edit]) -> None:
+        self.weight = compose_parameter(base, edits)
+        self.base = _Trace(base)
+        self.deltas = [_Trace(edit.values) for edit in edits]
+        self.indices = [edit.indices for edit in edits]
+        # copies, on a CPU: there, comparing bits is cheap, and misses no change
+        self.values = [_bits(edit.values).copy() for edit in edits] if base.device.type == "cpu" else []
+
+    def is_of(self, base: Tensor, edits: Sequence[Edit]) -> bool:
+        return (
+            len(edits) == len(self.deltas)
+            and self.base.is_of(base)
+            and all(edit.indices is positions for edit, positions in zip(edits, self.indices, strict=True))
+            and all(delta.is_of(edit.values) for edit, delta in zip(edits, self.deltas, strict=True))
+            and all((_bits(edit.values) == copy).all() for edit, copy in zip(edits, self.values, strict=False))
+        )
 
 
 class ComposedWeights:
@@ -82,13 +93,7 @@ class ComposedWeights:
         if kept is None or not kept.is_of(base, edits):
             self._kept.pop(name, None)
             with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode, too
-                kept = _Composed(
-                    compose_parameter(base, edits),
-                    _identity(base),
-                    [_identity(edit.values) for edit in edits],
-                    [edit.indices for edit in edits],
-                    [_bits(edit.values).copy() for edit in edits] if base.device.type == "cpu" else [],
-                )
+                kept = _Composed(base, edits)
             self._kept[name] = kept
         return kept.weight
 

@@ -17,8 +17,9 @@ __all__ = ["child_gradient", "choose_path"]
 CHUNK = 256  # tokens of one product: their copies stay in the cache, and cost no memory to speak of
 TILE = 32  # tokens that are transposed by one product with the identity
 
-# Costs in multiply-adds of a dense product, measured by examples/benchmarks/step.py --kernels (CPU, float32):
-SAMPLED_COST = 8.0  # one kept entry, one token
+# Costs in multiply-adds of a dense product, fitted on two CPU cores in float32; that the choice is right shows in the
+# cases `element:sampled` and `element:gather` of examples/benchmarks/step.py.
+SAMPLED_COST = 9.5  # one kept entry, one token
 TRANSPOSE_COST = 120.0  # one row or column of the hull, one token, brought into the order that `sampled` reads
 SELECT_COST = 40.0  # one row or column picked out of the others, one token
 CALL_COST = 1e6  # of a `sampled` product, whatever its size
@@ -35,7 +36,8 @@ def choose_path(
     """
     if kernel_options.weight_gradient is not None:
         path = kernel_options.weight_gradient
-        return "hull" if path == "sampled" and not _can_sample(device.type) else path
+        can_run = {"gather": is_whole, "hull": True, "sampled": _can_sample(device.type)}
+        return path if can_run[path] else "hull"
     rows, columns = hull.size
     cost: dict[WeightGradient, float] = {
         "gather": math.prod(hull.shape) * tokens,
@@ -43,7 +45,7 @@ def choose_path(
     }
     if not is_whole:
         del cost["gather"]
-    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64) and _can_sample("cpu"):
         per_token = SAMPLED_COST * nnz + TRANSPOSE_COST * (rows + columns) + _selection_cost(hull)
         cost["sampled"] = per_token * tokens + CALL_COST
     return min(cost, key=cost.__getitem__)

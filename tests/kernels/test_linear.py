@@ -200,3 +200,17 @@ def test_a_base_that_is_trained_too_needs_the_whole_input():
     weight.requires_grad_()
     child_linear(x, weight, bias, [edit], owns_input=True).sum().backward()
     torch.testing.assert_close(weight.grad, x.reshape(-1, _IN).sum(0).expand(_OUT, _IN), rtol=1e-12, atol=1e-12)
+
+
+def test_a_path_that_is_forced_after_the_forward_finds_what_the_forward_has_kept():
+    x, weight, bias, values = _arguments(False)
+    indices = torch.tensor([1, 6])
+    gradients = []
+    for path in (None, "gather"):
+        delta = values[:2].clone().requires_grad_()
+        edit = Edit(delta, indices, hull=hull_of(indices, weight.shape))
+        out = child_linear(x, weight, bias, [edit], owns_input=True)
+        with use_kernels(weight_gradient=path):
+            out.square().sum().backward()
+        gradients.append(delta.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
