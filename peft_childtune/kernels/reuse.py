@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .compose import Edit, compose_parameter
 from .options import kernel_options
@@ -25,6 +26,8 @@ class _Trace:
 
     def __init__(self, tensor: Tensor) -> None:
         self.ref = weakref.ref(tensor)
+        # as long as this lives, no new storage looks the same
+        self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         self.state = _state(tensor)
 
     def is_of(self, tensor: Tensor) -> bool:
@@ -33,13 +36,19 @@ class _Trace:
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), version, tensor.dtype, tensor.device
 
 
 def _bits(values: Tensor) -> _Bits:
     """Return a view of the bits: numpy compares them three times as fast as `torch.equal` does."""
     found: _Bits = values.detach().view(_INTEGERS[values.element_size()]).numpy()
     return found
+
+
+def _can_keep(base: Tensor, edits: Sequence[Edit]) -> bool:
+    """Return whether every step of an optimizer would show: fused ones do not count up the version of a tensor."""
+    unseen = [base] if base.device.type == "cpu" else [base, *(edit.values for edit in edits)]
+    return kernel_options.compose_cache and not any(tensor.requires_grad for tensor in unseen)
 
 
 class _Composed:
@@ -87,7 +96,8 @@ class ComposedWeights:
             base: any shape, floating point.
             edits: as in `compose_parameter`.
         """
-        if not kernel_options.compose_cache:
+        if not _can_keep(base, edits):
+            self._kept.pop(name, None)
             return compose_parameter(base, edits)
         kept = self._kept.get(name)
         if kept is None or not kept.is_of(base, edits):

@@ -117,7 +117,8 @@ def _tokens_last(matrix: Tensor) -> Tensor:
     tokens, width = matrix.shape
     if matrix.device.type != "cpu" or torch.get_num_threads() == 1 or tokens % TILE:
         return matrix.t().contiguous()
-    tiles = matrix.reshape(-1, TILE, width).transpose(1, 2) @ torch.eye(TILE, dtype=matrix.dtype)
+    with torch.autocast("cpu", enabled=False):  # a backward within autocast would round the tiles to its dtype
+        tiles = matrix.reshape(-1, TILE, width).transpose(1, 2) @ torch.eye(TILE, dtype=matrix.dtype)
     return tiles.transpose(0, 1).reshape(width, tokens)
 
 

@@ -147,18 +147,14 @@ class ChildTuningLayer(BaseTunerLayer):
         self._composed.clear()
         for adapter_name in list(self._pending):
             self.resolve_pending(adapter_name, may_be_empty=True)
-        if mode:
-            self._count_steps()
         return super().train(mode)  # type: ignore[misc]
 
-    def _count_steps(self) -> None:
-        """Let the optimizer steps of resampled children count: a compiled forward cannot ask for it."""
-        for adapter_name in self.child_tuning_code:
-            code = self._code(adapter_name)
-            for parameter, values in self._values(adapter_name).named_parameters() if code.selected else ():
-                found = code.decoded(parameter, self.base_parameter(parameter), self.full_name(parameter))
-                if found is not None and found.resampled is not None:
-                    count_steps(values, code, parameter)
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _count_steps(self, adapter_name: str, parameter: str) -> None:
+        """Let the optimizer steps of a resampled child count: `torch.compile` asks for it while it traces."""
+        values = self._values(adapter_name).get(parameter)
+        assert values is not None  # it is about to be trained
+        count_steps(values, self._code(adapter_name), parameter)
 
     def _edits(self, parameter: str, adapters: list[str]) -> list[Edit]:
         """Return what some adapters do to a parameter, in their order."""
@@ -177,15 +173,15 @@ class ChildTuningLayer(BaseTunerLayer):
             if (rule := found.resampled) is None:
                 edits.append(Edit(values, found.indices, hull=found.hull))
                 continue
-            if torch.is_grad_enabled() and values.requires_grad and not torch.compiler.is_compiling():
-                count_steps(values, code, parameter)
+            if torch.is_grad_enabled() and values.requires_grad:
+                owner._count_steps(adapter_name, parameter)
             gate = StepGate(rule.seed, rule.stream, rule.density, step_view(code.get(parameter)))
             edits.append(Edit(values, None, gate))
         return edits
 
     def reuses_composed(self, tokens: int = 0) -> bool:
         """Return whether a forward may keep a composed weight for the next one: in evaluation, for few tokens."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # nor under `torch.jit.trace`
             return False
         if torch.is_grad_enabled() or self.training:
             self._composed.clear()

@@ -154,12 +154,14 @@ class Conv(Module):
 
 
 _FORWARDS: dict[Any, type[Linear | Module]] = {
-    nn.Linear.forward: Linear,
-    Conv1D.forward: Linear,
-    **{kind.forward: Conv for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+    (nn.Linear.forward, None): Linear,
+    (Conv1D.forward, None): Linear,
+    # a class may standardise its weight in `_conv_forward`, and leave `forward` as it is
+    **{(kind.forward, kind._conv_forward): Conv for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
 }
 
 
 def wrap(target: nn.Module, module_name: str) -> Linear | Module:
     """Return the layer that stands in for `target`, a plain module."""
-    return _FORWARDS.get(type(target).forward, Module)(target, module_name)
+    kind = type(target)
+    return _FORWARDS.get((kind.forward, getattr(kind, "_conv_forward", None)), Module)(target, module_name)

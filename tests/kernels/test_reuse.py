@@ -75,3 +75,22 @@ def test_nothing_is_kept_where_that_is_switched_off():
     kept, (base, edits) = ComposedWeights(), _case()
     with use_kernels(compose_cache=False):
         assert kept.compose("weight", base, edits) is not kept.compose("weight", base, edits)
+
+
+def test_new_storage_at_the_old_address_is_noticed():
+    kept, (base, edits) = ComposedWeights(), _case()
+    with torch.no_grad():
+        kept.compose("weight", base, edits)
+        for _ in range(20):  # an allocator likes to give out the address that was freed last
+            values = torch.randn(4, 6)
+            base.data = values
+            assert torch.equal(kept.compose("weight", base, edits), compose_parameter(base, edits))
+            del values
+            base.data = torch.empty(0)
+
+
+def test_nothing_is_kept_of_a_base_that_is_trained():
+    kept, (base, edits) = ComposedWeights(), _case()
+    base.requires_grad_()
+    with torch.no_grad():
+        assert kept.compose("weight", base, edits) is not kept.compose("weight", base, edits)

@@ -174,3 +174,17 @@ def test_more_threads_give_the_same_entries(tokens):
     finally:
         torch.set_num_threads(1)
     torch.testing.assert_close(found, (a.t() @ b).view(-1)[indices], rtol=1e-12, atol=1e-12)
+
+
+def test_a_backward_within_autocast_rounds_no_entry():
+    indices = _child("random")
+    a, b = torch.randn(64, 12), torch.randn(64, 20)
+    torch.set_num_threads(2)
+    try:
+        with use_kernels(weight_gradient="sampled"):
+            expected = child_gradient(a, b, indices=indices, hull=Hull(_SHAPE))
+            with torch.autocast("cpu", torch.bfloat16):
+                found = child_gradient(a, b, indices=indices, hull=Hull(_SHAPE))
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found, expected)

@@ -316,3 +316,15 @@ def test_layers_that_share_their_input_with_a_sibling_are_told_so():
         "intermediate.dense": True,
         "output.dense": True,
     }
+
+
+def test_a_convolution_that_standardises_its_weight_keeps_its_own_forward():
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight / weight.std(), bias)
+
+    base = nn.Sequential(Standardised(2, 3, 3))
+    x = torch.randn(1, 2, 5, 5)
+    expected = base(x)
+    model = get_peft_model(base, ChildTuningConfig(density=0.5, score="magnitude", target_modules=["0"])).train()
+    assert torch.equal(model(x), expected)
