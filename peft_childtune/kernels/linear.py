@@ -31,7 +31,7 @@ class _ChildLinear(torch.autograd.Function):
         bias: Tensor | None,
         transposed: bool,
         cast: bool,
-        used: Tensor | None,
+        keeps_used: bool,
         gates: tuple[StepGate | None, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -40,7 +40,10 @@ class _ChildLinear(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         inputs = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(inputs if used is None else inputs.index_select(1, used), weight, *tensors)
+        if keeps_used:
+            _, _, rows, columns = tensors  # of the one edit
+            inputs = inputs.index_select(1, rows if transposed else columns)  # type: ignore[arg-type]
+        ctx.save_for_backward(inputs, weight, *tensors)
         return linear_output(x, weight, bias, tensors[:count], tensors[count : 2 * count], transposed, cast)  # type: ignore[arg-type]
 
     @staticmethod
@@ -71,12 +74,12 @@ class _ChildLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None, None, *kept, *([None] * 3 * count)
 
 
-def _used_inputs(edits: Sequence[Edit], in_features: int, transposed: bool) -> Tensor | None:
-    """Return which columns of the input the gradients need, if that is worth a copy of them; None for all."""
+def _uses_few_inputs(edits: Sequence[Edit], in_features: int, transposed: bool) -> bool:
+    """Return whether the gradients need so few columns of the input that a copy of them is worth it."""
     if len(edits) != 1 or edits[0].hull is None or kernel_options.weight_gradient == "gather":
-        return None
+        return False
     used = edits[0].hull.rows if transposed else edits[0].hull.columns
-    return used if used is not None and used.numel() <= FEW_INPUTS * in_features else None
+    return used is not None and used.numel() <= FEW_INPUTS * in_features
 
 
 def child_linear(
@@ -120,7 +123,8 @@ def child_linear(
     rows = [None if hull is None else hull.rows for hull in hulls]
     columns = [None if hull is None else hull.columns for hull in hulls]
     gates = tuple(edit.gate for edit in edits)
-    used = _used_inputs(edits, x.shape[-1], transposed) if owns_input and not weight.requires_grad else None
+    # a flag, not the columns: `torch.compile` traces no Function that gets a tensor twice
+    keeps_used = owns_input and not weight.requires_grad and _uses_few_inputs(edits, x.shape[-1], transposed)
     return _ChildLinear.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x, weight, bias, transposed, cast, used, gates, *values, *indices, *rows, *columns
+        x, weight, bias, transposed, cast, keeps_used, gates, *values, *indices, *rows, *columns
     )
