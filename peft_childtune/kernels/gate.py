@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..sparse import bernoulli_mask
+from .operator import operator
 
 __all__ = ["StepGate"]
 
@@ -35,21 +35,13 @@ class StepGate:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Return `gradient`, any shape, masked and scaled by 1/p."""
-        run = _operator if torch.compiler.is_compiling() else _gated
         # an operator's integers are signed
-        return run(gradient, self.step, self.seed - (self.seed >> 63 << 64), self.stream, self.density)
+        return _gated(gradient, self.step, self.seed - (self.seed >> 63 << 64), self.stream, self.density)
 
 
+@operator("gate", fake=lambda gradient, step, seed, stream, density: gradient.new_empty(gradient.shape))
 def _gated(gradient: Tensor, step: Tensor, seed: int, stream: int, density: float) -> Tensor:
     mask = bernoulli_mask(
         gradient.numel(), density, seed=seed % (1 << 64), stream=stream, step=step, device=gradient.device
     )
     return (gradient.reshape(-1) * mask).div_(density).view_as(gradient)
-
-
-_operator = torch.library.custom_op("peft_childtune::gate", _gated, mutates_args=())
-
-
-@_operator.register_fake
-def _(gradient: Tensor, step: Tensor, seed: int, stream: int, density: float) -> Tensor:
-    return gradient.new_empty(gradient.shape)

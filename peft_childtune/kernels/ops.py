@@ -7,6 +7,7 @@ as that of the backward and kept in between, a second copy of the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from .compose import compose_all
 from .hull import Hull
+from .operator import operator
 from .weight_gradient import child_gradient
 
 __all__ = ["delta_gradients", "input_gradient", "linear_output", "plain_linear"]
@@ -28,99 +30,12 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: 
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
-def _linear_output(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Sequence[Tensor],
-    indices: Sequence[Tensor | None],
-    transposed: bool,
-    cast: bool,
-) -> Tensor:
-    composed = compose_all(weight, values, indices)
-    if cast:
-        composed = composed.to(x.dtype)
-    out = plain_linear(x, composed, bias, transposed=transposed)
-    # a view made in here could not be changed in place by the model's code, as DeBERTa and inplace ReLUs do
-    return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
-
-
-def _input_gradient(
-    gradient: Tensor, weight: Tensor, values: Sequence[Tensor], indices: Sequence[Tensor | None], transposed: bool
-) -> Tensor:
-    composed = compose_all(weight, values, indices).to(gradient.dtype)
-    return gradient @ (composed.t() if transposed else composed)
-
-
-def _delta_gradients(
-    gradient: Tensor,
-    x: Tensor,
-    indices: Sequence[Tensor | None],
-    rows: Sequence[Tensor | None],
-    columns: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    in_features: int,
-    transposed: bool,
-) -> list[Tensor]:
-    a, b = (x, gradient) if transposed else (gradient, x)
-    out_features = gradient.shape[1]
-    shape = (in_features, out_features) if transposed else (out_features, in_features)
-    dense = a.t() @ b if any(w and i is None for w, i in zip(wanted, indices, strict=True)) else None
-    out = []
-    for positions, row, column, is_wanted in zip(indices, rows, columns, wanted, strict=True):
-        if not is_wanted:
-            out.append(gradient.new_empty(0))
-        elif positions is None:
-            assert dense is not None  # made above for exactly this case
-            out.append(dense.reshape(-1).clone() if len(indices) > 1 else dense.reshape(-1))
-        elif dense is not None:
-            out.append(dense.reshape(-1).index_select(0, positions))
-        else:
-            out.append(child_gradient(a, b, indices=positions, hull=Hull(shape, row, column)))
-    return out
-
-
-_linear_operator = torch.library.custom_op("peft_childtune::linear_output", _linear_output, mutates_args=())
-_input_operator = torch.library.custom_op("peft_childtune::input_gradient", _input_gradient, mutates_args=())
-_delta_operator = torch.library.custom_op("peft_childtune::delta_gradients", _delta_gradients, mutates_args=())
-
-
-@_linear_operator.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    values: Sequence[Tensor],
-    indices: Sequence[Tensor | None],
-    transposed: bool,
-    cast: bool,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
-
-
-@_input_operator.register_fake
-def _(
-    gradient: Tensor, weight: Tensor, values: Sequence[Tensor], indices: Sequence[Tensor | None], transposed: bool
-) -> Tensor:
-    return gradient.new_empty(gradient.shape[0], weight.shape[0 if transposed else 1])
-
-
-@_delta_operator.register_fake
-def _(
-    gradient: Tensor,
-    x: Tensor,
-    indices: Sequence[Tensor | None],
-    rows: Sequence[Tensor | None],
-    columns: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    in_features: int,
-    transposed: bool,
-) -> list[Tensor]:
-    numel = gradient.shape[1] * in_features
-    counts = [numel if positions is None else positions.shape[0] for positions in indices]
-    return [gradient.new_empty(count if kept else 0) for count, kept in zip(counts, wanted, strict=True)]
-
-
+@operator(
+    "linear_output",
+    fake=lambda x, weight, bias, values, indices, transposed, cast: x.new_empty(
+        *x.shape[:-1], weight.shape[1 if transposed else 0]
+    ),
+)
 def linear_output(
     x: Tensor,
     weight: Tensor,
@@ -141,18 +56,37 @@ def linear_output(
         transposed: see `weight`.
         cast: multiply in the precision of `x`, as autocast does, rather than refuse another one of the weight.
     """
-    run = _linear_operator if torch.compiler.is_compiling() else _linear_output
-    return run(x, weight, bias, values, indices, transposed, cast)
+    composed = compose_all(weight, values, indices)
+    if cast:
+        composed = composed.to(x.dtype)
+    out = plain_linear(x, composed, bias, transposed=transposed)
+    # a view made in here could not be changed in place by the model's code, as DeBERTa and inplace ReLUs do
+    return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
 
+@operator(
+    "input_gradient",
+    fake=lambda gradient, weight, values, indices, transposed: gradient.new_empty(
+        gradient.shape[0], weight.shape[0 if transposed else 1]
+    ),
+)
 def input_gradient(
     gradient: Tensor, weight: Tensor, values: Sequence[Tensor], indices: Sequence[Tensor | None], transposed: bool
 ) -> Tensor:
     """Return the gradient `(tokens, in)` of the input, of the dtype of the output's `gradient`, `(tokens, out)`."""
-    run = _input_operator if torch.compiler.is_compiling() else _input_gradient
-    return run(gradient, weight, values, indices, transposed)
+    composed = compose_all(weight, values, indices).to(gradient.dtype)
+    return gradient @ (composed.t() if transposed else composed)
 
 
+def _empty_gradients(
+    gradient: Tensor, x: Tensor, indices: Any, rows: Any, columns: Any, wanted: Any, in_features: int, transposed: bool
+) -> list[Tensor]:
+    numel = gradient.shape[1] * in_features
+    counts = [numel if positions is None else positions.shape[0] for positions in indices]
+    return [gradient.new_empty(count if kept else 0) for count, kept in zip(counts, wanted, strict=True)]
+
+
+@operator("delta_gradients", fake=_empty_gradients)
 def delta_gradients(
     gradient: Tensor,
     x: Tensor,
@@ -175,5 +109,19 @@ def delta_gradients(
         in_features: of the layer.
         transposed: the weight is `(in, out)`.
     """
-    run = _delta_operator if torch.compiler.is_compiling() else _delta_gradients
-    return run(gradient, x, indices, rows, columns, wanted, in_features, transposed)
+    a, b = (x, gradient) if transposed else (gradient, x)
+    out_features = gradient.shape[1]
+    shape = (in_features, out_features) if transposed else (out_features, in_features)
+    dense = a.t() @ b if any(w and i is None for w, i in zip(wanted, indices, strict=True)) else None
+    out = []
+    for positions, row, column, is_wanted in zip(indices, rows, columns, wanted, strict=True):
+        if not is_wanted:
+            out.append(gradient.new_empty(0))
+        elif positions is None:
+            assert dense is not None  # made above for exactly this case
+            out.append(dense.reshape(-1).clone() if len(indices) > 1 else dense.reshape(-1))
+        elif dense is not None:
+            out.append(dense.reshape(-1).index_select(0, positions))
+        else:
+            out.append(child_gradient(a, b, indices=positions, hull=Hull(shape, row, column)))
+    return out
