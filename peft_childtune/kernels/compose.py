@@ -34,14 +34,29 @@ class Edit:
     hull: Hull | None = None
 
 
-def compose_all(base: Tensor, values: Sequence[Tensor], indices: Sequence[Tensor | None]) -> Tensor:
-    """Return a new tensor: `base` with each delta added in turn, rounded to the base's dtype after each."""
-    for delta, positions in zip(values, indices, strict=True):
+def compose_all(
+    base: Tensor,
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None] | None = None,
+    columns: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Return a new tensor: `base` with each delta added in turn, rounded to the base's dtype after each.
+
+    Args:
+        base: any shape, floating point.
+        values: the deltas.
+        indices: of each delta, flat; None for every position.
+        rows: of each delta's hull, None for all; left out if unknown.
+        columns: likewise.
+    """
+    unknown = [None] * len(values)
+    for delta, positions, row, column in zip(values, indices, rows or unknown, columns or unknown, strict=True):
         if positions is None:
             wide = torch.promote_types(base.dtype, torch.float32)
             base = (base.to(wide) + delta.to(wide).view(base.shape)).to(base.dtype)
         else:
-            base = compose(base, positions, delta)
+            base = compose(base, positions, delta, rows=row, columns=column)
     return base
 
 

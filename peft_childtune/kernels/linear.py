@@ -5,7 +5,7 @@ Keeping the composed weight for the backward would cost a second copy of the mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,19 +39,20 @@ class _ChildLinear(torch.autograd.Function):
         ctx.gates, ctx.transposed = gates, transposed
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        values, indices, rows, columns = _split(tensors, count)
         inputs = x.reshape(-1, x.shape[-1])
         if keeps_used:
-            _, _, rows, columns = tensors  # of the one edit
-            inputs = inputs.index_select(1, rows if transposed else columns)  # type: ignore[arg-type]
+            used = (rows if transposed else columns)[0]  # of the one edit
+            inputs = inputs.index_select(1, used)
         ctx.save_for_backward(inputs, weight, *tensors)
-        return linear_output(x, weight, bias, tensors[:count], tensors[count : 2 * count], transposed, cast)  # type: ignore[arg-type]
+        return linear_output(x, weight, bias, values, indices, rows, columns, transposed, cast)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *tensors = ctx.saved_tensors
         count = len(ctx.gates)
-        values, indices, rows, columns = (tensors[i * count : (i + 1) * count] for i in range(4))
+        values, indices, rows, columns = _split(tensors, count)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_values = ctx.needs_input_grad[7 : 7 + count]
         flat = gradient.reshape(-1, gradient.shape[-1])
@@ -59,7 +60,8 @@ class _ChildLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         kept: list[Tensor | None] = [None] * count
         if needs_x:
-            grad_x = input_gradient(flat, weight, values, indices, ctx.transposed).view(ctx.x_shape).to(ctx.x_dtype)
+            grad_x = input_gradient(flat, weight, values, indices, rows, columns, ctx.transposed)
+            grad_x = grad_x.view(ctx.x_shape).to(ctx.x_dtype)
         if needs_weight:  # a base that is trained beside the child
             grad_weight = (inputs.t() @ flat if ctx.transposed else flat.t() @ inputs).to(weight.dtype)
         if any(needs_values):
@@ -72,6 +74,11 @@ class _ChildLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, *kept, *([None] * 3 * count)
+
+
+def _split(tensors: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
+    """Return values, indices, rows and columns of `count` edits."""
+    return (tensors[i * count : (i + 1) * count] for i in range(4))
 
 
 def _uses_few_inputs(edits: Sequence[Edit], in_features: int, transposed: bool) -> bool:
@@ -116,12 +123,11 @@ def child_linear(
     if cast:  # here rather than in the product, so that the backward finds the input in the forward's precision
         low = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(low), None if bias is None else bias.to(low)
-    hulls = [edit.hull for edit in edits]
     values, indices = [edit.values for edit in edits], [edit.indices for edit in edits]
+    rows = [None if edit.hull is None else edit.hull.rows for edit in edits]
+    columns = [None if edit.hull is None else edit.hull.columns for edit in edits]
     if not torch.is_grad_enabled():
-        return linear_output(x, weight, bias, values, indices, transposed, cast)
-    rows = [None if hull is None else hull.rows for hull in hulls]
-    columns = [None if hull is None else hull.columns for hull in hulls]
+        return linear_output(x, weight, bias, values, indices, rows, columns, transposed, cast)
     gates = tuple(edit.gate for edit in edits)
     # a flag, not the columns: `torch.compile` traces no Function that gets a tensor twice
     keeps_used = owns_input and not weight.requires_grad and _uses_few_inputs(edits, x.shape[-1], transposed)

@@ -32,7 +32,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: 
 
 @operator(
     "linear_output",
-    fake=lambda x, weight, bias, values, indices, transposed, cast: x.new_empty(
+    fake=lambda x, weight, bias, values, indices, rows, columns, transposed, cast: x.new_empty(
         *x.shape[:-1], weight.shape[1 if transposed else 0]
     ),
 )
@@ -42,6 +42,8 @@ def linear_output(
     bias: Tensor | None,
     values: Sequence[Tensor],
     indices: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    columns: Sequence[Tensor | None],
     transposed: bool,
     cast: bool,
 ) -> Tensor:
@@ -53,10 +55,12 @@ def linear_output(
         bias: `(out,)` or None.
         values: the deltas.
         indices: of each delta, flat; None for every position.
+        rows: of each delta's hull, None for all.
+        columns: likewise.
         transposed: see `weight`.
         cast: multiply in the precision of `x`, as autocast does, rather than refuse another one of the weight.
     """
-    composed = compose_all(weight, values, indices)
+    composed = compose_all(weight, values, indices, rows, columns)
     if cast:
         composed = composed.to(x.dtype)
     out = plain_linear(x, composed, bias, transposed=transposed)
@@ -66,15 +70,21 @@ def linear_output(
 
 @operator(
     "input_gradient",
-    fake=lambda gradient, weight, values, indices, transposed: gradient.new_empty(
+    fake=lambda gradient, weight, values, indices, rows, columns, transposed: gradient.new_empty(
         gradient.shape[0], weight.shape[0 if transposed else 1]
     ),
 )
 def input_gradient(
-    gradient: Tensor, weight: Tensor, values: Sequence[Tensor], indices: Sequence[Tensor | None], transposed: bool
+    gradient: Tensor,
+    weight: Tensor,
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    rows: Sequence[Tensor | None],
+    columns: Sequence[Tensor | None],
+    transposed: bool,
 ) -> Tensor:
     """Return the gradient `(tokens, in)` of the input, of the dtype of the output's `gradient`, `(tokens, out)`."""
-    composed = compose_all(weight, values, indices).to(gradient.dtype)
+    composed = compose_all(weight, values, indices, rows, columns).to(gradient.dtype)
     return gradient @ (composed.t() if transposed else composed)
 
 

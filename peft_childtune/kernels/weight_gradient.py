@@ -14,7 +14,7 @@ from .options import WeightGradient, kernel_options
 
 __all__ = ["child_gradient", "choose_path"]
 
-CHUNK = 256  # tokens of one product: their copies stay in the cache, and cost no memory to speak of
+CHUNK = 128  # tokens of one product: their copies stay in the cache, and cost no memory to speak of
 TILE = 32  # tokens that are transposed by one product with the identity
 
 # Costs in multiply-adds of a dense product, fitted on two CPU cores in float32; that the choice is right shows in the
@@ -81,11 +81,15 @@ def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tens
         return (a.t() @ b).reshape(-1).index_select(0, indices)
     if path == "sampled":
         return _sampled(a, b, indices, hull)
-    dense = _columns(a, hull.rows).t() @ _columns(b, hull.columns)
+    one, other = _columns(a, hull.rows), _columns(b, hull.columns)
+    is_flipped = one.shape[1] > other.shape[1]  # a product of few rows is faster than one of few columns
+    dense = other.t() @ one if is_flipped else one.t() @ other
     if dense.numel() == indices.numel():  # the child fills its hull, as children of rows and columns do
-        return dense.reshape(-1)
+        return (dense.t() if is_flipped else dense).reshape(-1)
     row, column = hull.place(indices)
-    return dense.reshape(-1).index_select(0, row * dense.shape[1] + column)
+    if is_flipped:
+        row, column = column, row
+    return dense.view(-1).index_select(0, row * dense.shape[1] + column)
 
 
 def _columns(matrix: Tensor, kept: Tensor | None) -> Tensor:
@@ -101,25 +105,37 @@ def _sampled(a: Tensor, b: Tensor, indices: Tensor, hull: Hull) -> Tensor:
     entries = torch.zeros(indices.numel(), dtype=dtype, device=a.device)
     _pass_the_beta_warning()
     product = torch.sparse_csr_tensor(starts, column.to(torch.int32), entries, size=hull.size, check_invariants=False)
+    one, other = (torch.empty(0, dtype=dtype, device=a.device) for _ in range(2))
     for start in range(0, a.shape[0], CHUNK):
         chunk = slice(start, start + CHUNK)
-        one = _tokens_last(_columns(a[chunk], hull.rows).to(dtype))
-        other = _tokens_last(_columns(b[chunk], hull.columns).to(dtype))
+        one = _tokens_last(_columns(a[chunk], hull.rows).to(dtype), out=one)
+        other = _tokens_last(_columns(b[chunk], hull.columns).to(dtype), out=other)
         torch.sparse.sampled_addmm(product, one, other.t(), out=product)
     return product.values().to(a.dtype)
 
 
-def _tokens_last(matrix: Tensor) -> Tensor:
-    """Return `(tokens, n)` as a contiguous `(n, tokens)`.
+def _tokens_last(matrix: Tensor, *, out: Tensor) -> Tensor:
+    """Return `(tokens, n)` as a contiguous `(n, tokens)`, in the memory of `out` if that has this shape.
 
-    With several threads by products with the identity: torch's own transposition runs in one.
+    By products with the identity where it can: torch's own transposition runs in one thread, and no faster in one.
     """
     tokens, width = matrix.shape
-    if matrix.device.type != "cpu" or torch.get_num_threads() == 1 or tokens % TILE:
-        return matrix.t().contiguous()
-    with torch.autocast("cpu", enabled=False):  # a backward within autocast would round the tiles to its dtype
-        tiles = matrix.reshape(-1, TILE, width).transpose(1, 2) @ torch.eye(TILE, dtype=matrix.dtype)
-    return tiles.transpose(0, 1).reshape(width, tokens)
+    if out.shape != (width, tokens):
+        out = matrix.new_empty(width, tokens)
+    if matrix.device.type != "cpu" or tokens % TILE:
+        return out.copy_(matrix.t())
+    tiles = matrix.reshape(-1, TILE, width).transpose(1, 2)
+    torch.bmm(
+        tiles,
+        _identity(matrix.dtype).expand(len(tiles), -1, -1),
+        out=out.view(width, len(tiles), TILE).transpose(0, 1),
+    )
+    return out
+
+
+@lru_cache(maxsize=2)
+def _identity(dtype: torch.dtype) -> Tensor:
+    return torch.eye(TILE, dtype=dtype)
 
 
 @lru_cache(maxsize=1)

@@ -25,7 +25,7 @@ from .targets import covered_names
 if TYPE_CHECKING:
     from .loading import PendingLoad
 
-__all__ = ["REUSE_TOKENS", "ChildTuningLayer"]
+__all__ = ["REUSE_TOKENS", "ChildTuningLayer", "child_layers"]
 
 REUSE_TOKENS = 512  # above, composing takes less than a twentieth of the product's time on a CPU
 
@@ -57,7 +57,7 @@ class ChildTuningLayer(BaseTunerLayer):
         self._module_name = module_name
         self._tied: dict[str, tuple[ChildTuningLayer, str]] = {}  # parameters that another layer's child serves
         self._pending: dict[str, PendingLoad] = {}
-        self._replaced: dict[str, dict[str, Tensor]] = {}
+        self._replaced: dict[str, list[tuple[str, Tensor, Tensor]]] = {}  # parameter, positions, entries
         self._composed = ComposedWeights()
         self.in_features, self.out_features = _features(base_layer)
 
@@ -271,7 +271,9 @@ class ChildTuningLayer(BaseTunerLayer):
                         f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                     )
                 self.merged_adapters.append(adapter_name)
-                self._replaced[adapter_name] = {p: merge_(self.base_parameter(p), i, v) for p, i, v in plan}
+                done = self._replaced[adapter_name] = []
+                for parameter, indices, values in plan:
+                    done.append((parameter, indices, merge_(self.base_parameter(parameter), indices, values)))
         except BaseException:
             self.unmerge_to(before)
             raise
@@ -291,9 +293,8 @@ class ChildTuningLayer(BaseTunerLayer):
         """Undo the last merges until only `remaining` are left."""
         while len(self.merged_adapters) > len(remaining):
             adapter_name = self.merged_adapters.pop()
-            for parameter, replaced in self._replaced.pop(adapter_name, {}).items():
-                weight = self.base_parameter(parameter)
-                restore_(weight, self.indices_in(weight, adapter_name, parameter), replaced)
+            for parameter, indices, entries in self._replaced.pop(adapter_name, []):
+                restore_(self.base_parameter(parameter), indices, entries)
 
     def unmerged_base(self, parameter: str, base: Tensor | None = None) -> Tensor:
         """Return a base tensor as it is without any merge: itself, or a copy if something is merged.
@@ -308,8 +309,9 @@ class ChildTuningLayer(BaseTunerLayer):
             return weight
         weight = weight.clone()
         for adapter_name in reversed(self.merged_adapters):
-            if (replaced := self._replaced.get(adapter_name, {}).get(parameter)) is not None:
-                restore_(weight, self.indices_in(weight, adapter_name, parameter), replaced)
+            for name, indices, entries in self._replaced.get(adapter_name, []):
+                if name == parameter:
+                    restore_(weight, indices, entries)
         return weight
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -350,6 +352,27 @@ class ChildTuningLayer(BaseTunerLayer):
     def __repr__(self) -> str:
         """Return the wrapped module's description under this method's name."""
         return "child_tuning." + super().__repr__()
+
+
+def child_layers(model: nn.Module) -> list[ChildTuningLayer]:
+    """Return a model's adapted layers in its own order, each once.
+
+    Faster than `model.modules()`, which shows when adapters are switched: what adapters hold is not searched.
+    """
+    found: list[ChildTuningLayer] = []
+    seen: set[int] = set()
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, ChildTuningLayer):
+            found.append(module)
+            waiting.append(module.base_layer)
+        else:
+            waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return found
 
 
 def _features(base: nn.Module) -> tuple[int | None, int | None]:

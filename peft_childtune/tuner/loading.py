@@ -14,7 +14,7 @@ from ..errors import FormatError, IntegrityError, SelectionError
 from ..seal import Sealed, seal_bytes, verify_seal
 from ..weights import Fingerprint, fingerprint
 from .install import covered_tensors, layers_of
-from .layer import ChildTuningLayer
+from .layer import ChildTuningLayer, child_layers
 from .snapshot import Snapshot
 
 __all__ = ["PEFT_PREFIX", "PendingLoad", "begin_load", "head_tensors", "remove_adapter", "sealed_tensor"]
@@ -86,7 +86,7 @@ def sealed_tensor(
 
 def remove_adapter(root: nn.Module, adapter_name: str, peft_config: dict[str, Any]) -> None:
     """Take an adapter out of a model; the last one takes the layers of this method with it."""
-    layers = [m for m in root.modules() if isinstance(m, ChildTuningLayer)]
+    layers = child_layers(root)
     for layer in layers:
         for holder in layer.adapter_layer_names + layer.other_param_names:
             if adapter_name in getattr(layer, holder):

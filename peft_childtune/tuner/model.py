@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from ..errors import ConfigError, TargetError, UnsupportedError
 from .adopting import adopt_state_dict
 from .config import ChildTuningConfig
 from .install import install_children, layers_of, prepare_places
-from .layer import ChildTuningLayer
+from .layer import ChildTuningLayer, child_layers
 from .loading import PendingLoad, begin_load, remove_adapter
 from .modules import find_own_inputs, wrap
 from .registration import PREFIX
@@ -27,6 +27,11 @@ from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
 
 __all__ = ["ChildTuningModel"]
+
+
+def _onloaded(layer: ChildTuningLayer) -> AbstractContextManager[None]:
+    """Return a context in which a layer's weights are on their device: PEFT's, if accelerate has offloaded them."""
+    return onload_layer(layer) if "_hf_hook" in layer.base_layer.__dict__ else nullcontext()
 
 
 class ChildTuningModel(BaseTuner):
@@ -188,13 +193,22 @@ class ChildTuningModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge on every layer, or, if `safe_merge` finds an entry that is not finite, on none."""
-        before = [(m, list(m.merged_adapters)) for m in self.model.modules() if isinstance(m, ChildTuningLayer)]
+        before = [(layer, list(layer.merged_adapters)) for layer in child_layers(self.model)]
         try:
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            for layer, _ in before:
+                with _onloaded(layer):
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
         except BaseException:
             for layer, merged in before:
-                layer.unmerge_to(merged)
+                with _onloaded(layer):
+                    layer.unmerge_to(merged)
             raise
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights bit for bit."""
+        for layer in child_layers(self.model):
+            with _onloaded(layer):
+                layer.unmerge()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # when it unloads, PEFT copies `weight` and `bias` over, which not every module or head has
@@ -206,7 +220,7 @@ class ChildTuningModel(BaseTuner):
     def _unload_and_optionally_merge(  # type: ignore[override]  # annotated as returning nothing in PEFT
         self, *args: Any, **kwargs: Any
     ) -> nn.Module:
-        layers = [m for m in self.model.modules() if isinstance(m, ChildTuningLayer)]
+        layers = child_layers(self.model)
         if kwargs.get("merge", True) and kwargs.get("safe_merge") and not any(layer.merged for layer in layers):
             # a trial on all layers first: PEFT merges, and replaces, one layer after the other
             self.merge_adapter(adapter_names=kwargs.get("adapter_names"), safe_merge=True)
@@ -229,8 +243,8 @@ class ChildTuningModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        for layer in self.model.modules():  # the deltas are float32 unless a user asks for the base's own dtype
-            if isinstance(layer, ChildTuningLayer) and adapter_name in layer.child_tuning_values:
+        for layer in child_layers(self.model):  # the deltas are float32 unless a user asks for the base's own dtype
+            if adapter_name in layer.child_tuning_values:
                 for parameter, values in layer._values(adapter_name)._parameters.items():
                     values.data = values.data.to(layer.base_parameter(parameter).dtype)  # type: ignore[union-attr]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import TargetError
-from .layer import ChildTuningLayer
+from .layer import ChildTuningLayer, child_layers
 from .modules import wrap
 from .targets import covered_names, unsupported_reason
 
@@ -33,7 +33,7 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
         TargetError: a module that shares a covered parameter cannot be wrapped.
     """
     leaders: dict[int, tuple[ChildTuningLayer, str]] = {}
-    layers = [m for m in model.modules() if isinstance(m, ChildTuningLayer)]
+    layers = child_layers(model)
     inner = {id(m) for layer in layers for m in layer.get_base_layer().modules()}
     for layer in layers:
         for name in covered_names(layer.get_base_layer()):
