@@ -72,8 +72,14 @@ class _ChildLinear(torch.autograd.Function):
                 if needs_values[i]:
                     kept[i] = entries.to(delta.dtype) if gate is None else gate(entries.to(delta.dtype))
         if needs_bias:
-            grad_bias = flat.sum(0).to(ctx.bias_dtype)
+            grad_bias = _sum_over_tokens(flat).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, *kept, *([None] * 3 * count)
+
+
+def _sum_over_tokens(matrix: Tensor) -> Tensor:
+    if matrix.device.type != "cpu":
+        return matrix.sum(0)
+    return (matrix.new_ones(1, matrix.shape[0]) @ matrix).view(-1)  # in half the time
 
 
 def _split(tensors: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
