@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Hull", "hull_of"]
+__all__ = ["Hull", "columns_of", "hull_of"]
 
 WORTHWHILE = 0.75  # a selection of more than this share of rows or columns saves less than it costs
 
@@ -81,3 +81,15 @@ def hull_of(indices: Tensor, shape: tuple[int, int]) -> Hull:
         kept = is_used.nonzero().flatten()
         used.append(kept if kept.numel() <= WORTHWHILE * count else None)
     return Hull(shape, *used)
+
+
+def columns_of(matrix: Tensor, kept: Tensor | None) -> Tensor:
+    """Return some columns of a `(tokens, n)` matrix: all of it for None, or if it holds just these already.
+
+    Args:
+        matrix: any dtype.
+        kept: int64, strictly increasing, or None.
+    """
+    if kept is None or matrix.shape[1] == kept.numel():
+        return matrix
+    return matrix.gather(1, kept.expand(matrix.shape[0], -1))  # on a CPU faster than `index_select` by a third

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .compose import Edit
 from .gate import StepGate
+from .hull import columns_of
 from .ops import delta_gradients, input_gradient, linear_output
 from .options import kernel_options
 
@@ -42,8 +43,7 @@ class _ChildLinear(torch.autograd.Function):
         values, indices, rows, columns = _split(tensors, count)
         inputs = x.reshape(-1, x.shape[-1])
         if keeps_used:
-            used = (rows if transposed else columns)[0]  # of the one edit
-            inputs = inputs.index_select(1, used)
+            inputs = columns_of(inputs, (rows if transposed else columns)[0])  # of the one edit
         ctx.save_for_backward(inputs, weight, *tensors)
         return linear_output(x, weight, bias, values, indices, rows, columns, transposed, cast)
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .hull import Hull
+from .hull import Hull, columns_of
 from .options import WeightGradient, kernel_options
 
 __all__ = ["child_gradient", "choose_path"]
@@ -81,7 +81,7 @@ def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tens
         return (a.t() @ b).reshape(-1).index_select(0, indices)
     if path == "sampled":
         return _sampled(a, b, indices, hull)
-    one, other = _columns(a, hull.rows), _columns(b, hull.columns)
+    one, other = columns_of(a, hull.rows), columns_of(b, hull.columns)
     is_flipped = one.shape[1] > other.shape[1]  # a product of few rows is faster than one of few columns
     dense = other.t() @ one if is_flipped else one.t() @ other
     if dense.numel() == indices.numel():  # the child fills its hull, as children of rows and columns do
@@ -90,10 +90,6 @@ def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tens
     if is_flipped:
         row, column = column, row
     return dense.view(-1).index_select(0, row * dense.shape[1] + column)
-
-
-def _columns(matrix: Tensor, kept: Tensor | None) -> Tensor:
-    return matrix if kept is None or matrix.shape[1] == kept.numel() else matrix.index_select(1, kept)
 
 
 def _sampled(a: Tensor, b: Tensor, indices: Tensor, hull: Hull) -> Tensor:
@@ -108,8 +104,8 @@ def _sampled(a: Tensor, b: Tensor, indices: Tensor, hull: Hull) -> Tensor:
     one, other = (torch.empty(0, dtype=dtype, device=a.device) for _ in range(2))
     for start in range(0, a.shape[0], CHUNK):
         chunk = slice(start, start + CHUNK)
-        one = _tokens_last(_columns(a[chunk], hull.rows).to(dtype), out=one)
-        other = _tokens_last(_columns(b[chunk], hull.columns).to(dtype), out=other)
+        one = _tokens_last(columns_of(a[chunk], hull.rows).to(dtype), out=one)
+        other = _tokens_last(columns_of(b[chunk], hull.columns).to(dtype), out=other)
         torch.sparse.sampled_addmm(product, one, other.t(), out=product)
     return product.values().to(a.dtype)
 
