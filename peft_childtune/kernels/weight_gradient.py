@@ -101,11 +101,12 @@ def _sampled(a: Tensor, b: Tensor, indices: Tensor, hull: Hull) -> Tensor:
     entries = torch.zeros(indices.numel(), dtype=dtype, device=a.device)
     _pass_the_beta_warning()
     product = torch.sparse_csr_tensor(starts, column.to(torch.int32), entries, size=hull.size, check_invariants=False)
+    a, b = columns_of(a, hull.rows), columns_of(b, hull.columns)
     one, other = (torch.empty(0, dtype=dtype, device=a.device) for _ in range(2))
     for start in range(0, a.shape[0], CHUNK):
         chunk = slice(start, start + CHUNK)
-        one = _tokens_last(columns_of(a[chunk], hull.rows).to(dtype), out=one)
-        other = _tokens_last(columns_of(b[chunk], hull.columns).to(dtype), out=other)
+        one = _tokens_last(a[chunk].to(dtype), out=one)
+        other = _tokens_last(b[chunk].to(dtype), out=other)
         torch.sparse.sampled_addmm(product, one, other.t(), out=product)
     return product.values().to(a.dtype)
 
