@@ -7,6 +7,7 @@ ratio of two cases is the median over the repeats of one's seconds over the othe
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 
 import peft_childtune
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 RESULTS = Path(__file__).resolve().parent / "results"
 
 Value = str | int | float | bool | None
@@ -44,14 +47,30 @@ def parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
     return result
 
 
-def parse(arguments: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse, fill in the number of repeats, set threads and seed."""
+def parse(
+    arguments: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, keeps_memory: bool = True
+) -> argparse.Namespace:
+    """Parse, fill in the number of repeats, set threads and seed, and let the process keep freed memory."""
     options = arguments.parse_args(argv)
+    if keeps_memory:
+        keep_freed_memory()
     if options.repeats is None:
         options.repeats = 2 if options.quick else options.full_repeats
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     return options
+
+
+def keep_freed_memory() -> None:
+    """Keep glibc from handing freed memory back to the system, where this is glibc.
+
+    Otherwise some methods, LoRA above all, fetch hundreds of megabytes anew at every step, in some runs and not in
+    others, and take up to half as long again: on a virtual machine a fresh page costs microseconds.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def environment(seed: int, *, device: str) -> dict[str, Value]:
