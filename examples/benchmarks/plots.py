@@ -34,16 +34,24 @@ WIDTH = {"bert": "BERT-base width", "gpt2": "GPT-2 width", "llama": "Llama, 1B c
 
 
 def step_figure(rows: Sequence[Row]) -> Figure:
-    """Draw the time of a step against the density, one panel for each model and batch."""
+    """Draw the time of a step against the density, with its spread, one panel for each model and batch."""
     settings = list(dict.fromkeys((row["architecture"], row["rows"], row["tokens"]) for row in rows))
     figure, panels = _panels(len(settings))
     for axes, (architecture, count, tokens) in zip(panels, settings, strict=True):
         here = [r for r in rows if (r["architecture"], r["rows"], r["tokens"]) == (architecture, count, tokens)]
         axes.axhline(1, color="black", linewidth=1, label=STYLE["full"][0])
         for method in [name for name in STYLE if name != "full"]:
-            points = sorted((100 * row["density"], row["to_full"]) for row in here if row["method"] == method)
-            if points:
-                _line(axes, method, points, dashed=method in ("authors", "lora_r8", "lora_r16"))
+            measured = sorted((row for row in here if row["method"] == method), key=lambda row: row["density"])
+            if measured:
+                points = [(100 * row["density"], row["to_full"]) for row in measured]
+                _line(axes, method, points, dashed=method in ("element", "authors", "lora_r8"))
+                axes.vlines(
+                    [x for x, _ in points],
+                    [row["to_full_low"] for row in measured],
+                    [row["to_full_high"] for row in measured],
+                    color=STYLE[method][1],
+                    linewidth=0.7,
+                )
         _density_axis(axes)
         axes.set_ylabel("step time / full fine-tuning's")
         axes.set_title(f"{WIDTH[architecture]}, {count} x {tokens} tokens", fontsize=9)

@@ -1,8 +1,8 @@
-"""The README's table: one line for each question, ours beside every peer, the peers that are ahead in bold."""
+"""The README's tables: one for each question, ours beside every peer, the peers that are ahead in bold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,11 @@ class Line:
             name for name, value in self.peers.items() if round(value, self.digits) < round(self.ours, self.digits)
         ]
 
-    def markdown(self) -> str:
+    def markdown(self, peers: Sequence[str]) -> str:
+        """Return the line of a table that has a column for each of `peers`."""
         cells = [self._text(self.ours)]
-        for name in PEERS:
-            text = self._text(self.peers[name]) if name in self.peers else ""
+        for name in peers:
+            text = self._text(self.peers[name]) if name in self.peers else "–"
             cells.append(f"**{text} ahead**" if name in self.ahead() else text)
         return "| " + " | ".join([self.what, *cells]) + " |"
 
@@ -77,14 +78,14 @@ def step_lines(rows: Sequence[Row]) -> list[Line]:
     settings = dict.fromkeys((row["architecture"], row["rows"], row["tokens"]) for row in rows)
     for position, (architecture, count, tokens) in enumerate(settings):
         here = [r for r in rows if (r["architecture"], r["rows"], r["tokens"]) == (architecture, count, tokens)]
-        name = f"step / full, {WIDTHS[architecture]} width, {count} x {tokens} tokens"
+        name = f"{WIDTHS[architecture]} width, {count} x {tokens} tokens"
         densities = dict.fromkeys(row["density"] for row in here)
         for density in densities if position == 0 else [d for d in densities if d in (0.1, 0.01)]:
             peers = peers_of(here, "to_full", density=density)
             for method, kind in STEP_KINDS.items():
                 ours = find(here, method=method, density=density)
                 if ours is not None and (method == "element" or position == 0):
-                    lines.append(Line(f"{name}, {100 * density:g} %{kind}", ours["to_full"], peers))
+                    lines.append(Line(f"{name}: {100 * density:g} %{kind}", ours["to_full"], peers))
     return lines
 
 
@@ -93,7 +94,7 @@ def memory_lines(rows: Sequence[Row]) -> list[Line]:
     for method, kind in (("element", ""), ("rows", " of the rows"), ("columns", " of the columns")):
         for ours in [row for row in rows if row["method"] == method]:
             peers = peers_of(rows, "peak_mib", density=ours["density"])
-            what = f"peak memory of a whole run, MiB, {100 * ours['density']:g} %{kind}"
+            what = f"{100 * ours['density']:g} %{kind}"
             lines.append(Line(what, ours["peak_mib"], peers, digits=0))
     return lines
 
@@ -104,7 +105,7 @@ def switch_lines(rows: Sequence[Row]) -> list[Line]:
     seconds = {name: 1000 * value for name, value in peers_of(rows, "seconds", density=density).items()}
     changed = peers_of(rows, "base_entries_changed", density=density)
     return [
-        Line(f"replacing a merged adapter, ms, {100 * density:g} %", 1000 * ours["seconds"], seconds, digits=0),
+        Line(f"milliseconds, {100 * density:g} %", 1000 * ours["seconds"], seconds, digits=0),
         Line("base weights changed by that", ours["base_entries_changed"], changed, digits=0),
     ]
 
@@ -118,10 +119,10 @@ def inference_lines(rows: Sequence[Row]) -> list[Line]:
         unmerged = find(here, case="element", density=0.01)
         name = f"{shape[0]} x {shape[1]} tokens"
         if shape == (16, 128) and merged and lora:
-            lines.append(Line(f"forward / base, merged, {name}", merged["to_base"], {"lora_r8": lora["to_base"]}))
+            lines.append(Line(f"merged, {name}", merged["to_base"], {"lora_r8": lora["to_base"]}))
         if unmerged:
             peers = peers_of(here, "to_base", density=0.01, key="case")
-            lines.append(Line(f"forward / base, unmerged, {name}, 1 %", unmerged["to_base"], peers))
+            lines.append(Line(f"unmerged, {name}, 1 %", unmerged["to_base"], peers))
     return lines
 
 
@@ -132,7 +133,7 @@ def file_size_lines(rows: Sequence[Row]) -> list[Line]:
             ours = find(rows, child=child, density=density)
             if ours is not None:
                 peers = peers_of(rows, "bytes_each", density=density, key="child")
-                what = f"bytes on disk a trained weight, {100 * density:g} %, {kind}"
+                what = f"{100 * density:g} %, {kind}"
                 lines.append(Line(what, ours["bytes_each"], peers))
     return lines
 
@@ -151,7 +152,7 @@ def selection_lines(rows: Sequence[Row]) -> list[Line]:
     for row in [row for row in rows if row["method"] == "ours" and row["kind"] == "normal"]:
         percentile = find(rows, method="numpy.percentile (authors)", kind="normal", density=row["density"])
         peers = {"authors": percentile["to_kthvalue"]} if percentile else {}
-        what = f"threshold of {row['scores'] / 1e6:g} M scores / torch.kthvalue, {100 * row['density']:g} %"
+        what = f"{row['scores'] / 1e6:g} M scores, {100 * row['density']:g} %"
         lines.append(Line(what, row["to_kthvalue"], peers))
     return lines
 
@@ -164,43 +165,53 @@ def fisher_lines(rows: Sequence[Row]) -> list[Line]:
         if batch is not None:
             peers = {"authors": batch["to_plain"]}
             share = f" (the authors' finds {batch['share_of_exact_top_10']:.0%} of the exact top 10 %)"
-        what = f"Fisher pass / forward + backward, {WIDTHS[row['architecture']]} width{share}"
+        what = f"{WIDTHS[row['architecture']]} width{share}"
         lines.append(Line(what, row["to_plain"], peers))
     return lines
 
 
 def _index_line(row: Row, ours: float, child: str) -> Line:
-    what = f"index bytes a kept weight, {child}, {100 * row['density']:g} % (entropy {row['entropy']:.3f})"
+    what = f"{child}, {100 * row['density']:g} % (entropy {row['entropy']:.3f})"
     return Line(what, ours, INDEX_BYTES, digits=3)
 
 
-LINES = {
-    "step": step_lines,
-    "memory": memory_lines,
-    "switch": switch_lines,
-    "inference": inference_lines,
-    "selection": selection_lines,
-    "fisher": fisher_lines,
-    "file_size": file_size_lines,
-    "index_size": index_size_lines,
-    "fisher_index_size": fisher_index_size_lines,
+QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Line]]]] = {
+    "step": ("Time of a training step, full fine-tuning = 1", step_lines),
+    "memory": ("Peak memory of a whole run, MiB", memory_lines),
+    "switch": ("Replacing one merged adapter by another", switch_lines),
+    "inference": ("Time of a forward pass, the base alone = 1", inference_lines),
+    "file_size": ("Bytes on disk for each trained weight, float32", file_size_lines),
+    "index_size": ("Bytes of the positions for each trained weight, random children", index_size_lines),
+    "fisher_index_size": ("The same, children of a real encoder", fisher_index_size_lines),
+    "selection": ("Time to find the threshold of many scores, torch.kthvalue = 1", selection_lines),
+    "fisher": ("Time of the Fisher pass, forward + backward = 1", fisher_lines),
 }
 
 
-def table(results: dict[str, dict[str, Any]], *, suffix: str = "") -> str:
-    """Return the table of one device as markdown, with the machine and versions above it."""
-    here = {name: results[name + suffix] for name in LINES if name + suffix in results}
-    lines = [line for name, result in here.items() for line in LINES[name](result["rows"])]
-    behind = sum(bool(line.ahead()) for line in lines)
+def table(title: str, lines: Sequence[Line]) -> str:
+    """Return the lines of one question as markdown, with a column for every peer that has a number."""
+    peers = [name for name in PEERS if any(name in line.peers for line in lines)]
     return "\n".join(
         [
+            f"| {title} | ours | " + " | ".join(PEERS[name] for name in peers) + " |",
+            "| --- |" + " ---: |" * (1 + len(peers)),
+            *(line.markdown(peers) for line in lines),
+        ]
+    )
+
+
+def tables(results: dict[str, dict[str, Any]], *, suffix: str = "") -> str:
+    """Return the tables of one device, with the machine and versions above them."""
+    here = {name: results[name + suffix] for name in QUESTIONS if name + suffix in results}
+    lines = {name: QUESTIONS[name][1](result["rows"]) for name, result in here.items()}
+    everything = [line for found in lines.values() for line in found]
+    behind = sum(bool(line.ahead()) for line in everything)
+    return "\n\n".join(
+        [
             machine([result["environment"] for result in here.values()]),
-            "",
-            f"Less is better. In {behind} of {len(lines)} lines a peer is **ahead** of ours.",
-            "",
-            "| | ours | " + " | ".join(PEERS.values()) + " |",
-            "| --- |" + " ---: |" * (1 + len(PEERS)),
-            *(line.markdown() for line in lines),
+            f"Less is better everywhere; – was not measured, or is no such thing. In {behind} of {len(everything)} lines "
+            "a peer is **ahead** of ours.",
+            *(table(QUESTIONS[name][0], found) for name, found in lines.items() if found),
         ]
     )
 
@@ -218,7 +229,7 @@ def machine(environments: Sequence[Row]) -> str:
 
 
 def readme_block(results: dict[str, dict[str, Any]]) -> str:
-    """Return everything between the README's markers: a table for each device, and the plots."""
+    """Return everything between the README's markers: the tables of each device, and the plots."""
     folder = "examples/benchmarks/results"
     texts = {
         "step": "Step time over density, relative to full fine-tuning",
@@ -230,6 +241,6 @@ def readme_block(results: dict[str, dict[str, Any]]) -> str:
     for suffix in ("", "_cuda"):
         images = {name + suffix: text for name, text in texts.items() if name + suffix in results}
         if images:
-            parts.append(table(results, suffix=suffix))
+            parts.append(tables(results, suffix=suffix))
             parts += [f"![{text}]({folder}/{name}.png)" for name, text in images.items()]
     return "\n\n".join(parts)

@@ -135,20 +135,21 @@ def test_the_file_size_limit_of_a_half_is_two_bits_a_weight_and_the_value():
 
 def test_a_peer_with_a_smaller_number_is_marked_as_ahead():
     line = table.Line("step", 0.95, {"full": 1.0, "lora_r8": 0.83, "shira": 0.951})
-    assert line.markdown() == "| step | 0.95 | 1.00 |  | **0.83 ahead** | 0.95 |  |"
+    text = line.markdown(["full", "authors", "lora_r8", "shira"])
+    assert text == "| step | 0.95 | 1.00 | – | **0.83 ahead** | 0.95 |"
 
 
-def test_the_table_says_in_how_many_lines_a_peer_is_ahead():
+def test_the_tables_say_in_how_many_lines_a_peer_is_ahead():
     rows = [
         {"method": "element", "density": 0.1, "peak_mib": 900.0},
         {"method": "element", "density": 0.01, "peak_mib": 700.0},
         {"method": "lora_r8", "density": None, "peak_mib": 800.4},
         {"method": "shira", "density": 0.01, "peak_mib": 750.0},
     ]
-    text = table.table({"memory": {"environment": machine(commit="0123456789"), "rows": rows}})
+    text = table.tables({"memory": {"environment": machine(commit="0123456789"), "rows": rows}})
     assert "In 1 of 2 lines a peer is **ahead** of ours." in text
-    assert "| peak memory of a whole run, MiB, 10 % | 900 |  |  | **800 ahead** |  |  |" in text
-    assert "| peak memory of a whole run, MiB, 1 % | 700 |  |  | 800 | 750 |  |" in text
+    assert "| Peak memory of a whole run, MiB | ours | LoRA r8 | SHiRA |\n| --- | ---: | ---: | ---: |" in text
+    assert "| 10 % | 900 | **800 ahead** | – |\n| 1 % | 700 | 800 | 750 |" in text
     assert "commit 0123456;" in text
 
 
@@ -225,9 +226,9 @@ def test_plots_and_table_are_made_from_the_saved_results(results, tmp_path):
     plots = {path.stem: path.read_bytes() for path in results.glob("*.png")}
     assert set(plots) == {"step", "memory", "inference", "file_size"}
     assert all(content.startswith(b"\x89PNG") and len(content) < 100_000 for content in plots.values())
-    for name in table.LINES.keys() & {saved for names in SAVED.values() for saved in names}:
-        for line in table.LINES[name](report.load(results)[name]["rows"]):
-            assert line.markdown() in readme.read_text()
+    for name in table.QUESTIONS.keys() & {saved for names in SAVED.values() for saved in names}:
+        title, lines = table.QUESTIONS[name]
+        assert table.table(title, lines(report.load(results)[name]["rows"])) in readme.read_text()
 
 
 def test_a_quick_report_runs_the_scripts_and_writes_nothing():
