@@ -125,6 +125,7 @@ def accuracy(logits: Tensor, job: Job) -> float:
 def train(job: Job, method: str, *, wrap: Wrap, learning_rate: float) -> tuple[Result, nn.Module, Tensor]:
     """Wrap a fresh base, train it, test it and save it; return the table's row, the model and the test logits."""
     folder = job.folder(method)
+    announce(method)
     base = job.base()
     start = time.perf_counter()
     model = wrap(base)
@@ -200,6 +201,7 @@ def lora_like(network: ChildNetwork) -> Wrap:
 
 def linear_probe(job: Job) -> Result:
     """Fit a logistic regression on frozen, mean-pooled features."""
+    announce("linear probe")
     start = time.perf_counter()
     encoder = AutoModel.from_pretrained(job.model).to(device()).eval()
     features, labels = pooled_features(encoder, job.loader(job.train))
@@ -229,9 +231,14 @@ def pooled_features(encoder: nn.Module, loader: DataLoader[Any]) -> tuple[np.nda
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
 
+def announce(method: str) -> None:
+    """Begin a progress line: what comes takes up to a minute."""
+    print(f"  {method} ...", end=" ", flush=True)
+
+
 def report(result: Result) -> None:
-    """Print one progress line."""
-    print(f"  {result.method}: {result.accuracy:.3f} in {result.seconds:.0f} s", flush=True)
+    """End a progress line."""
+    print(f"{result.accuracy:.3f} in {result.seconds:.0f} s", flush=True)
 
 
 def table(results: Sequence[Result]) -> str:

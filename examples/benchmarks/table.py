@@ -209,8 +209,8 @@ def tables(results: dict[str, dict[str, Any]], *, suffix: str = "") -> str:
     return "\n\n".join(
         [
             machine([result["environment"] for result in here.values()]),
-            f"Less is better everywhere; – was not measured, or is no such thing. In {behind} of {len(everything)} lines "
-            "a peer is **ahead** of ours.",
+            "Less is better everywhere; – was not measured, or is no such thing. "
+            f"In {behind} of {len(everything)} lines a peer is **ahead** of ours.",
             *(table(QUESTIONS[name][0], found) for name, found in lines.items() if found),
         ]
     )

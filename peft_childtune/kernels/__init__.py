@@ -1,16 +1,16 @@
 """Floor 1: autograd for weights of which only a child is trained."""
 
 from .compose import Edit, compose_parameter
+from .compose_cache import ComposeCache
 from .conv import child_conv
 from .gate import StepGate
 from .hull import Hull, hull_of
 from .linear import child_linear
 from .ops import plain_linear
 from .options import KernelOptions, kernel_options, use_kernels
-from .reuse import ComposedWeights
 
 __all__ = [
-    "ComposedWeights",
+    "ComposeCache",
     "Edit",
     "Hull",
     "KernelOptions",

@@ -41,7 +41,8 @@ class _ChildLinear(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         values, indices, rows, columns = _split(tensors, count)
-        inputs = x.reshape(-1, x.shape[-1])
+        needs_inputs = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[7 : 7 + count])
+        inputs = x.reshape(-1, x.shape[-1]) if needs_inputs else x.new_empty(0, x.shape[-1])
         if keeps_used:
             inputs = columns_of(inputs, (rows if transposed else columns)[0])  # of the one edit
         ctx.save_for_backward(inputs, weight, *tensors)

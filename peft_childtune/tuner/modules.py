@@ -58,7 +58,7 @@ class Linear(ChildTuningLayer, nn.Module):
         if _has_hooks(base):  # their owner expects them to run at every forward
             weight = compose_parameter(self.base_parameter("weight"), edits)
             return _stand_in(base, {"weight": weight, "bias": bias})(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if edits and not self.reuses_composed(x.numel() // max(x.shape[-1], 1)):
+        if edits and not self.uses_compose_cache(x.numel() // max(x.shape[-1], 1)):
             kind = {"transposed": self._transposed, "owns_input": self._owns_input}
             return child_linear(x, base.weight, bias, edits, **kind)  # type: ignore[arg-type]
         weight = self.composed("weight", edits) if edits else self.base_parameter("weight")
@@ -146,7 +146,6 @@ class Conv(Module):
         adapters = self._adapters_of_forward(kwargs)
         if not adapters or not (edits := self._edits("weight", adapters)):
             return super().forward(*args)
-        self._composed.clear()
         bias_edits = self._edits("bias", adapters) if base.bias is not None else []
         bias = self.composed("bias", bias_edits) if bias_edits else base.bias
         window = ([*base.stride], [*base.padding], [*base.dilation], base.groups)

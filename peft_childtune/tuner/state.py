@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codec import decode_child
-from ..errors import IntegrityError
+from ..errors import IntegrityError, UnsupportedError
 from ..kernels import Hull, hull_of
 from ..sparse import ResampledUnits, TensorChild
 
@@ -58,9 +58,8 @@ def _version(code: Tensor) -> int:
 class ChildCode(nn.Module):
     """The child of one adapter on one layer, in the coded form that is saved: the file is the runtime state.
 
-    Loaders that know nothing of this library fill buffers, so nothing can be lost on the way; the decoded form is
-    made on
-    first use, and again whenever a buffer was exchanged.
+    Loaders that know nothing of this library fill buffers, so nothing can be lost on the way. The decoded form is
+    made on first use, and again whenever a buffer was exchanged.
     """
 
     def __init__(self) -> None:
@@ -105,6 +104,11 @@ class ChildCode(nn.Module):
         code, entry = self.get(parameter), self._decoded[parameter]
         if entry.is_of(code, device):
             return
+        if device.type == "meta":
+            raise UnsupportedError(
+                f"{name}: the base weight is on the meta device, as accelerate leaves weights that it has offloaded. "
+                "Merge the adapter (`merge_adapter()`, which brings them in), or keep adapted modules on a device."
+            )
         with torch.inference_mode(False):  # kept for training, which cannot save an inference tensor
             child = self.child_of(code, shape, name)
             entry.indices = entry.resampled = entry.hull = None

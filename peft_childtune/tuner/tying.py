@@ -26,8 +26,7 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
     """Let every module that shares a covered parameter use the one child of it.
 
     A module that was not a target, such as an output head tied to targeted embeddings, is wrapped too: merging
-    writes into
-    the shared storage, so otherwise merged and unmerged models would differ.
+    writes into the shared storage, so otherwise merged and unmerged models would differ.
 
     Raises:
         TargetError: a module that shares a covered parameter cannot be wrapped.

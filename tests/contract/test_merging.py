@@ -6,8 +6,11 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
 from peft_childtune import ChildTuningConfig, select_child_network
+from peft_childtune.weights import merge_
 from tests.contract.families import FAMILIES, add_noise, base_state, differing, output, same_bits, snapshot, wrap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -175,3 +178,47 @@ def test_selecting_while_merged_is_refused():
     model.merge_adapter()
     with pytest.raises(RuntimeError, match="unmerge"):
         select_child_network(model, family.batches(), show_progress=False)
+
+
+def test_a_convolution_in_channels_last_is_merged_and_restored_too():
+    base = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    before = base[0].weight.clone()
+    model = add_noise(get_peft_model(base, ChildTuningConfig(target_modules=["0"], score="random", density=0.5)))
+    weight = model.base_model.model[0].base_parameter("weight")
+    delta = model.base_model.model[0].get_delta_weight("default")
+    model.merge_adapter()
+    assert not weight.is_contiguous()
+    assert same_bits(weight, before + delta)
+    model.unmerge_adapter()
+    assert same_bits(weight, before)
+
+
+def test_a_merge_that_fails_half_way_leaves_the_base_as_it_was(monkeypatch):
+    family = FAMILIES["bert"]
+    base = family.build()
+    before = snapshot(base)
+    model = add_noise(wrap(base, family, score="random", density=0.3))
+    writes = iter(range(10))
+
+    def failing(*args):
+        if next(writes) == 5:  # in the middle of a layer: one write for each weight and bias
+            raise MemoryError
+        return merge_(*args)
+
+    monkeypatch.setattr("peft_childtune.tuner.layer.merge_", failing)
+    with pytest.raises(MemoryError):
+        model.merge_adapter()
+    assert changed_base(model, before) == []
+
+
+def test_a_restored_base_does_not_depend_on_the_child_that_is_held_by_then():
+    family = FAMILIES["bert"]
+    base = family.build()
+    before = snapshot(base)
+    model = add_noise(wrap(base, family, score="random", density=0.3))
+    model.merge_adapter()
+    for buffer in model.buffers():
+        if buffer.dtype == torch.uint8:
+            buffer.zero_()
+    model.unmerge_adapter()
+    assert changed_base(model, before) == []

@@ -214,3 +214,13 @@ def test_a_path_that_is_forced_after_the_forward_finds_what_the_forward_has_kept
             out.square().sum().backward()
         gradients.append(delta.grad)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_an_input_that_no_gradient_needs_is_not_kept():
+    x, weight, bias, values = _arguments(False)
+    x.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        child_linear(x, weight, bias, [Edit(values, _INDICES)]).sum().backward()
+    assert x.shape not in kept and x.reshape(-1, x.shape[-1]).shape not in kept
+    assert x.grad is not None

@@ -125,6 +125,8 @@ def test_a_forced_path_is_forced_inside_the_block_only():
     with use_kernels(weight_gradient="gather", compose_cache=False):
         with use_kernels(weight_gradient="hull"):
             assert (kernel_options.weight_gradient, kernel_options.compose_cache) == ("hull", False)
+            with use_kernels(compose_cache=True):
+                assert (kernel_options.weight_gradient, kernel_options.compose_cache) == ("hull", True)
         assert kernel_options.weight_gradient == "gather"
     assert (kernel_options.weight_gradient, kernel_options.compose_cache) == before
 

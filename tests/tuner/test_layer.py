@@ -17,6 +17,7 @@ from peft_childtune import (
     get_deltas,
 )
 from peft_childtune.tuner import ChildTuningLayer
+from peft_childtune.tuner.layer import child_layers
 
 
 class _Affine(nn.Module):
@@ -247,3 +248,22 @@ def test_arguments_and_keywords_reach_the_module():
     model = _wrap(_module("custom"))
     x = torch.randn(3, 4)
     torch.testing.assert_close(model(x, scale=2.0), 2 * model(x))
+
+
+def test_a_base_weight_that_was_offloaded_is_refused_by_name():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4)), ChildTuningConfig(target_modules=["0"], score="random", density=0.5)
+    )
+    model.base_model.model[0].base_layer.to("meta")
+    with pytest.raises(UnsupportedError, match=r"0\.weight: the base weight is on the meta device"):
+        model(torch.randn(1, 4))
+
+
+def test_adapted_layers_are_found_once_in_the_order_of_the_model_and_inside_of_each_other():
+    shared = nn.Linear(4, 4)
+    base = nn.ModuleDict({"b": shared, "a": nn.MultiheadAttention(4, 2), "c": nn.Sequential(shared)})
+    config = ChildTuningConfig(target_modules=["b", "a", "out_proj"], score="random", density=0.5)
+    model = get_peft_model(base, config)
+    expected = [m for m in model.modules() if isinstance(m, ChildTuningLayer)]
+    assert [id(layer) for layer in child_layers(model)] == [id(layer) for layer in expected]
+    assert len(expected) == 3

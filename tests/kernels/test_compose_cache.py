@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from peft_childtune.kernels import ComposedWeights, Edit, compose_parameter, use_kernels
+from peft_childtune.kernels import ComposeCache, Edit, compose_parameter, use_kernels
 
 
 def _case():
@@ -18,7 +18,7 @@ def _case():
 
 
 def test_what_is_kept_is_used_again():
-    kept, (base, edits) = ComposedWeights(), _case()
+    kept, (base, edits) = ComposeCache(), _case()
     first = kept.compose("weight", base, edits)
     assert torch.equal(first, compose_parameter(base, edits))
     assert kept.compose("weight", base, edits) is first
@@ -36,7 +36,7 @@ _CHANGES = {
 
 @pytest.mark.parametrize("change", _CHANGES)
 def test_it_is_composed_again_after_a_change_of(change):
-    kept, (base, edits) = ComposedWeights(), _case()
+    kept, (base, edits) = ComposeCache(), _case()
     with torch.no_grad():
         kept.compose("weight", base, edits)
         _CHANGES[change](base, edits)
@@ -44,7 +44,7 @@ def test_it_is_composed_again_after_a_change_of(change):
 
 
 def test_other_edits_are_other_weights():
-    kept, (base, edits) = ComposedWeights(), _case()
+    kept, (base, edits) = ComposeCache(), _case()
     kept.compose("weight", base, edits)
     others = [
         [*edits, Edit(torch.randn(1), torch.tensor([2]))],
@@ -57,7 +57,7 @@ def test_other_edits_are_other_weights():
 
 
 def test_what_was_kept_in_inference_mode_serves_outside_of_it():
-    kept, (base, edits) = ComposedWeights(), _case()
+    kept, (base, edits) = ComposeCache(), _case()
     with torch.inference_mode():
         weight = kept.compose("weight", base, edits)
     assert not weight.is_inference()
@@ -65,20 +65,20 @@ def test_what_was_kept_in_inference_mode_serves_outside_of_it():
 
 
 def test_copies_and_pickles_keep_nothing():
-    kept, (base, edits) = ComposedWeights(), _case()
+    kept, (base, edits) = ComposeCache(), _case()
     weight = kept.compose("weight", base, edits)
     for other in (copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))):
         assert other.compose("weight", base, edits) is not weight
 
 
 def test_nothing_is_kept_where_that_is_switched_off():
-    kept, (base, edits) = ComposedWeights(), _case()
+    kept, (base, edits) = ComposeCache(), _case()
     with use_kernels(compose_cache=False):
         assert kept.compose("weight", base, edits) is not kept.compose("weight", base, edits)
 
 
 def test_new_storage_at_the_old_address_is_noticed():
-    kept, (base, edits) = ComposedWeights(), _case()
+    kept, (base, edits) = ComposeCache(), _case()
     with torch.no_grad():
         kept.compose("weight", base, edits)
         for _ in range(20):  # an allocator likes to give out the address that was freed last
@@ -90,7 +90,7 @@ def test_new_storage_at_the_old_address_is_noticed():
 
 
 def test_nothing_is_kept_of_a_base_that_is_trained():
-    kept, (base, edits) = ComposedWeights(), _case()
+    kept, (base, edits) = ComposeCache(), _case()
     base.requires_grad_()
     with torch.no_grad():
         assert kept.compose("weight", base, edits) is not kept.compose("weight", base, edits)

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .compose import Edit, compose_parameter
 from .options import kernel_options
 
-__all__ = ["ComposedWeights"]
+__all__ = ["ComposeCache"]
 
 _Bits = npt.NDArray[np.signedinteger[Any]]
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a floating point number
@@ -51,7 +51,7 @@ def _can_keep(base: Tensor, edits: Sequence[Edit]) -> bool:
     return kernel_options.compose_cache and not any(tensor.requires_grad for tensor in unseen)
 
 
-class _Composed:
+class _Entry:
     """A composed weight, and what it was composed from."""
 
     def __init__(self, base: Tensor, edits: Sequence[Edit]) -> None:
@@ -72,7 +72,7 @@ class _Composed:
         )
 
 
-class ComposedWeights:
+class ComposeCache:
     """The composed weights of one layer, kept while it is evaluated: for few tokens, composing costs what they cost.
 
     A kept weight is used again if base and deltas are the same tensors, not written to since; on a CPU deltas are
@@ -82,7 +82,7 @@ class ComposedWeights:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, _Composed] = {}
+        self._kept: dict[str, _Entry] = {}
 
     def clear(self) -> None:
         """Drop what is kept."""
@@ -103,7 +103,7 @@ class ComposedWeights:
         if kept is None or not kept.is_of(base, edits):
             self._kept.pop(name, None)
             with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode, too
-                kept = _Composed(base, edits)
+                kept = _Entry(base, edits)
             self._kept[name] = kept
         return kept.weight
 
