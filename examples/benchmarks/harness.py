@@ -48,9 +48,15 @@ def parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
 
 
 def parse(
-    arguments: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, keeps_memory: bool = True
+    arguments: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, keeps_memory: bool = False
 ) -> argparse.Namespace:
-    """Parse, fill in the number of repeats, set threads and seed, and let the process keep freed memory."""
+    """Parse, fill in the number of repeats, set threads and seed.
+
+    Args:
+        arguments: the options.
+        argv: the command line; None for the process's own.
+        keeps_memory: let the process keep freed memory: for what runs over and over, as training steps do.
+    """
     options = arguments.parse_args(argv)
     if keeps_memory:
         keep_freed_memory()
@@ -64,8 +70,8 @@ def parse(
 def keep_freed_memory() -> None:
     """Keep glibc from handing freed memory back to the system, where this is glibc.
 
-    Otherwise some methods, LoRA above all, fetch hundreds of megabytes anew at every step, in some runs and not in
-    others, and take up to half as long again: on a virtual machine a fresh page costs microseconds.
+    Otherwise some methods, LoRA above all, fetch hundreds of megabytes anew at every step in some runs and take up to
+    half as long again (on a virtual machine a fresh page costs microseconds): a ratio to them is then a matter of luck.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

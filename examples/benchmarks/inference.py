@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--shapes", nargs="+", default=None, help="rows x tokens, for example 1x16")
     base_arguments(arguments, layers=4)
     arguments.add_argument("--inference-mode", action="store_true", help="instead of torch.no_grad")
-    options = parse(arguments, argv)
+    options = parse(arguments, argv, keeps_memory=True)
     mode = torch.inference_mode if options.inference_mode else torch.no_grad
     base = base_of(options)
     models = {case: build(case[0], base, density=case[1]) for case in CASES if base.supports(case[0])}

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--methods", nargs="+", default=None, help="method or method:density")
     base_arguments(arguments, layers=6)
     arguments.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parse(arguments, argv, keeps_memory=False)  # the peak is to follow what is in use
+    options = parse(arguments, argv)
     if options.worker:
         print(json.dumps(work(options)))
         return

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__, repeats=5)
     arguments.add_argument("--plan", nargs="+", help="architecture:rows x tokens:densities, for example bert:4x64:0.1")
     base_arguments(arguments, layers=3, architecture=False)
-    options = parse(arguments, argv)
+    options = parse(arguments, argv, keeps_memory=True)
     rows: list[dict[str, Value]] = []
     for entry in options.plan or (QUICK if options.quick else PLANS[options.device]):
         architecture, shape, densities = entry.split(":")

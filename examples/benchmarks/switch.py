@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__, repeats=15)
     base_arguments(arguments, layers=12)
     arguments.add_argument("--density", type=float, default=0.01)
-    options = parse(arguments, argv)
+    options = parse(arguments, argv, keeps_memory=True)
     base = base_of(options)
     cases = {method: Switched(method, base, density=options.density) for method in METHODS if base.supports(method)}
     calls: dict[str, Callable[[], object]] = {method: case.switch for method, case in cases.items()}

@@ -224,7 +224,8 @@ def machine(environments: Sequence[Row]) -> str:
 
     commits = ", ".join(dict.fromkeys(str(e["commit"])[:7] + "+" * bool(e["package_modified"]) for e in environments))
     versions = ", ".join(f"{package} {values(package)}" for package in ("torch", "peft", "transformers"))
-    where = f"{values('gpu') or values('cpu')}, {values('threads')} threads"
+    threads = " or ".join(values("threads").split(", "))  # coding is timed on one
+    where = f"{values('gpu') or values('cpu')}, {threads} threads"
     return f"{where}; {versions}; commit {commits}; {values('date')}; seed {values('seed')}."
 
 
