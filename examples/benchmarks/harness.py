@@ -71,7 +71,7 @@ def keep_freed_memory() -> None:
     """Keep glibc from handing freed memory back to the system, where this is glibc.
 
     Otherwise some methods, LoRA above all, fetch hundreds of megabytes anew at every step in some runs and take up to
-    half as long again (on a virtual machine a fresh page costs microseconds): a ratio to them is then a matter of luck.
+    half as long again (on a virtual machine a fresh page costs microseconds): a ratio to them is then luck.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
