@@ -40,9 +40,9 @@ def parser(description: str | None, *, repeats: int) -> argparse.ArgumentParser:
     )
     result.add_argument("--save", action="store_true", help="write the result file even with --quick")
     result.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the result file goes")
-    result.add_argument("--threads", type=int, default=torch.get_num_threads())
-    result.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    result.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    result.add_argument("--seed", type=int, default=0, help="of weights, inputs and children (default 0)")
     result.set_defaults(full_repeats=repeats)
     return result
 

@@ -53,7 +53,7 @@ def step_figure(rows: Sequence[Row]) -> Figure:
                     linewidth=0.7,
                 )
         _density_axis(axes)
-        axes.set_ylabel("step time / full fine-tuning's")
+        axes.set_ylabel("step time / full fine-tuning's\n(median and quartiles)", fontsize=8)
         axes.set_title(f"{WIDTH[architecture]}, {count} x {tokens} tokens", fontsize=9)
     return _with_legend(figure, panels)
 

@@ -70,22 +70,27 @@ def draw(results: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--only", nargs="+", choices=SCRIPTS)
-    arguments.add_argument("--quick", action="store_true")
-    arguments.add_argument("--plots-only", action="store_true")
+    arguments.add_argument("--only", nargs="+", choices=SCRIPTS, help="in this order")
+    arguments.add_argument("--quick", action="store_true", help="tiny shapes; writes nothing")
+    arguments.add_argument("--plots-only", action="store_true", help="measure nothing")
     arguments.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    arguments.add_argument("--results", type=Path, default=HERE / "results", metavar="FOLDER")
-    arguments.add_argument("--readme", type=Path, default=README, metavar="FILE")
+    arguments.add_argument(
+        "--results", type=Path, default=HERE / "results", metavar="FOLDER", help="of the result files"
+    )
+    arguments.add_argument("--readme", type=Path, default=README, metavar="FILE", help="where the tables go")
     options = arguments.parse_args(argv)
     if not options.plots_only:
         gpu = options.device != "cpu"
         flags = ["--quick"] if options.quick else []
         flags += ["--device", options.device] if gpu else []
+        flags += ["--results", str(options.results)]
         for script in options.only or (ON_GPU if gpu else SCRIPTS):
             run(script, *flags)
     if options.quick:
         return
     results = load(options.results)
+    if not results:
+        raise SystemExit(f"no result files in {options.results}; measure first, without --plots-only")
     for path in draw(results, options.results):
         print(f"saved {path}")
     options.readme.write_text(insert(options.readme.read_text(), readme_block(results)))

@@ -61,7 +61,7 @@ def differing(model: nn.Module, original: dict[str, Tensor]) -> int:
 def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__, repeats=15)
     base_arguments(arguments, layers=12)
-    arguments.add_argument("--density", type=float, default=0.01)
+    arguments.add_argument("--density", type=float, default=0.01, help="of the sparse adapters (default 0.01)")
     options = parse(arguments, argv, keeps_memory=True)
     base = base_of(options)
     cases = {method: Switched(method, base, density=options.density) for method in METHODS if base.supports(method)}

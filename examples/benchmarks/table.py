@@ -65,36 +65,38 @@ def peers_of(
     return result
 
 
-STEP_KINDS = {
-    "fisher": " by Fisher information",
-    "element": " at random",
-    "rows": " of the rows",
-    "columns": " of the columns",
+KINDS = {
+    "fisher": "of the weights, by Fisher information",
+    "element": "of the weights, at random",
+    "rows": "of the rows, at random",
+    "columns": "of the columns, at random",
 }
 
 
-def step_lines(rows: Sequence[Row]) -> list[Line]:
-    lines = []
+def step_lines(rows: Sequence[Row]) -> dict[str, list[Line]]:
+    """Return one table for each model and batch."""
+    tables: dict[str, list[Line]] = {}
     settings = dict.fromkeys((row["architecture"], row["rows"], row["tokens"]) for row in rows)
     for position, (architecture, count, tokens) in enumerate(settings):
         here = [r for r in rows if (r["architecture"], r["rows"], r["tokens"]) == (architecture, count, tokens)]
-        name = f"{WIDTHS[architecture]} width, {count} x {tokens} tokens"
+        title = f"Training step, {WIDTHS[architecture]} width, {count} x {tokens} tokens; full fine-tuning = 1"
+        lines = tables.setdefault(title, [])
         densities = dict.fromkeys(row["density"] for row in here)
         for density in densities if position == 0 else [d for d in densities if d in (0.1, 0.01)]:
             peers = peers_of(here, "to_full", density=density)
-            for method, kind in STEP_KINDS.items():
+            for method, kind in KINDS.items():
                 ours = find(here, method=method, density=density)
-                if ours is not None and (method == "element" or position == 0):
-                    lines.append(Line(f"{name}: {100 * density:g} %{kind}", ours["to_full"], peers))
-    return lines
+                if ours is not None and (method in ("fisher", "element") or position == 0):
+                    lines.append(Line(f"{100 * density:g} % {kind}", ours["to_full"], peers))
+    return tables
 
 
 def memory_lines(rows: Sequence[Row]) -> list[Line]:
     lines = []
-    for method, kind in (("element", ""), ("rows", " of the rows"), ("columns", " of the columns")):
+    for method in ("element", "rows", "columns"):
         for ours in [row for row in rows if row["method"] == method]:
             peers = peers_of(rows, "peak_mib", density=ours["density"])
-            what = f"{100 * ours['density']:g} %{kind}"
+            what = f"{100 * ours['density']:g} % {KINDS[method]}"
             lines.append(Line(what, ours["peak_mib"], peers, digits=0))
     return lines
 
@@ -105,8 +107,13 @@ def switch_lines(rows: Sequence[Row]) -> list[Line]:
     seconds = {name: 1000 * value for name, value in peers_of(rows, "seconds", density=density).items()}
     changed = peers_of(rows, "base_entries_changed", density=density)
     return [
-        Line(f"milliseconds, {100 * density:g} %", 1000 * ours["seconds"], seconds, digits=0),
-        Line("base weights changed by that", ours["base_entries_changed"], changed, digits=0),
+        Line(f"milliseconds, {100 * density:g} % of the weights", 1000 * ours["seconds"], seconds, digits=0),
+        Line(
+            "base weights that are not what they were after the last unmerge",
+            ours["base_entries_changed"],
+            changed,
+            digits=0,
+        ),
     ]
 
 
@@ -175,8 +182,7 @@ def _index_line(row: Row, ours: float, child: str) -> Line:
     return Line(what, ours, INDEX_BYTES, digits=3)
 
 
-QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Line]]]] = {
-    "step": ("Time of a training step, full fine-tuning = 1", step_lines),
+TITLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[Line]]]] = {
     "memory": ("Peak memory of a whole run, MiB", memory_lines),
     "switch": ("Replacing one merged adapter by another", switch_lines),
     "inference": ("Time of a forward pass, the base alone = 1", inference_lines),
@@ -186,6 +192,14 @@ QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Row]], list[Line]]]] = {
     "selection": ("Time to find the threshold of many scores, torch.kthvalue = 1", selection_lines),
     "fisher": ("Time of the Fisher pass, forward + backward = 1", fisher_lines),
 }
+
+
+def lines_of(name: str, rows: Sequence[Row]) -> dict[str, list[Line]]:
+    """Return the tables of one result file, as lines by title."""
+    if name == "step":
+        return step_lines(rows)
+    title, lines = TITLES[name]
+    return {title: lines(rows)}
 
 
 def table(title: str, lines: Sequence[Line]) -> str:
@@ -202,16 +216,16 @@ def table(title: str, lines: Sequence[Line]) -> str:
 
 def tables(results: dict[str, dict[str, Any]], *, suffix: str = "") -> str:
     """Return the tables of one device, with the machine and versions above them."""
-    here = {name: results[name + suffix] for name in QUESTIONS if name + suffix in results}
-    lines = {name: QUESTIONS[name][1](result["rows"]) for name, result in here.items()}
-    everything = [line for found in lines.values() for line in found]
+    here = {name: results[name + suffix] for name in ("step", *TITLES) if name + suffix in results}
+    parts = {title: lines for name, result in here.items() for title, lines in lines_of(name, result["rows"]).items()}
+    everything = [line for lines in parts.values() for line in lines]
     behind = sum(bool(line.ahead()) for line in everything)
     return "\n\n".join(
         [
             machine([result["environment"] for result in here.values()]),
             "Less is better everywhere; – was not measured, or is no such thing. "
             f"In {behind} of {len(everything)} lines a peer is **ahead** of ours.",
-            *(table(QUESTIONS[name][0], found) for name, found in lines.items() if found),
+            *(table(title, lines) for title, lines in parts.items() if lines),
         ]
     )
 

@@ -149,7 +149,8 @@ def test_the_tables_say_in_how_many_lines_a_peer_is_ahead():
     text = table.tables({"memory": {"environment": machine(commit="0123456789"), "rows": rows}})
     assert "In 1 of 2 lines a peer is **ahead** of ours." in text
     assert "| Peak memory of a whole run, MiB | ours | LoRA r8 | SHiRA |\n| --- | ---: | ---: | ---: |" in text
-    assert "| 10 % | 900 | **800 ahead** | – |\n| 1 % | 700 | 800 | 750 |" in text
+    assert "| 10 % of the weights, at random | 900 | **800 ahead** | – |\n" in text
+    assert "| 1 % of the weights, at random | 700 | 800 | 750 |" in text
     assert "commit 0123456;" in text
 
 
@@ -180,6 +181,14 @@ def test_only_what_is_between_the_markers_is_replaced():
 def test_a_readme_without_the_two_markers_in_order_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         report.insert(text, "new")
+
+
+def test_results_that_are_not_there_do_not_empty_the_readme(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\nold\n{report.END}")
+    with pytest.raises(SystemExit, match="no result files"):
+        report.main(["--plots-only", "--results", str(tmp_path), "--readme", str(readme)])
+    assert "old" in readme.read_text()
 
 
 # --- the scripts
@@ -226,9 +235,9 @@ def test_plots_and_table_are_made_from_the_saved_results(results, tmp_path):
     plots = {path.stem: path.read_bytes() for path in results.glob("*.png")}
     assert set(plots) == {"step", "memory", "inference", "file_size"}
     assert all(content.startswith(b"\x89PNG") and len(content) < 100_000 for content in plots.values())
-    for name in table.QUESTIONS.keys() & {saved for names in SAVED.values() for saved in names}:
-        title, lines = table.QUESTIONS[name]
-        assert table.table(title, lines(report.load(results)[name]["rows"])) in readme.read_text()
+    for name in {"step", *table.TITLES} & {saved for names in SAVED.values() for saved in names}:
+        for title, lines in table.lines_of(name, report.load(results)[name]["rows"]).items():
+            assert not lines or table.table(title, lines) in readme.read_text()
 
 
 def test_a_quick_report_runs_the_scripts_and_writes_nothing():
