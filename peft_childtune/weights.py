@@ -8,6 +8,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from .errors import UnsupportedError
 from .sparse import compose_entries
 
 __all__ = ["FINGERPRINT_BYTES", "Fingerprint", "digest", "fingerprint", "matches", "merge_", "restore_"]
@@ -17,28 +18,60 @@ FINGERPRINT_BYTES = 25  # one dtype code, then three hashes of 8 bytes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-def merge_(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """Write round(float(W) + delta) into `weight` in place and return the entries it replaced, `(nnz,)`.
+def merge_(weight: Tensor, indices: Tensor | None, values: Tensor) -> Tensor:
+    """Write round(float(W) + delta) into `weight` in place and return the entries it replaced.
 
     Only the child's positions are written, and autograd sees nothing of it.
+
+    Args:
+        weight: any shape and layout.
+        indices: `(nnz,)`, flat row-major positions; None for every position.
+        values: `(nnz,)`, the delta.
+
+    Returns:
+        `(nnz,)`, or a copy of the weight where every position is written.
+
+    Raises:
+        UnsupportedError: the weight is on the meta device.
     """
-    weight = weight.data
-    positions = indices.to(weight.device, torch.int64)
-    replaced = weight.take(positions)
-    _write_(weight, positions, compose_entries(replaced, values.data.to(weight.device)))
+    weight = _present(weight)
+    values = values.data.to(weight.device)
+    if indices is None:
+        replaced = weight.clone()
+        weight.copy_(compose_entries(weight.reshape(-1), values).view(weight.shape))
+        return replaced
+    view, index = _place(weight, indices)
+    # on a CPU `take` is the one that reads with all threads; not every device has it
+    replaced = view.take(*index) if view.ndim == 1 and view.device.type == "cpu" else view[index]
+    view.index_put_(index, compose_entries(replaced, values))
     return replaced
 
 
-def restore_(weight: Tensor, indices: Tensor, replaced: Tensor) -> None:
-    """Write the entries that `merge_` replaced back into `weight` in place, bit for bit."""
-    _write_(weight.data, indices.to(weight.device, torch.int64), replaced.to(weight.device))
+def restore_(weight: Tensor, indices: Tensor | None, replaced: Tensor) -> None:
+    """Write the entries that `merge_` replaced back into `weight` in place: bit for bit, or cast as the weight was."""
+    weight = _present(weight)
+    if indices is None:
+        weight.copy_(replaced)
+        return
+    view, index = _place(weight, indices)
+    view.index_put_(index, replaced.to(view))
 
 
-def _write_(weight: Tensor, positions: Tensor, entries: Tensor) -> None:
+def _present(weight: Tensor) -> Tensor:
+    if weight.device.type == "meta":  # torch would drop what is written
+        raise UnsupportedError(
+            f"a weight of shape {tuple(weight.shape)} is on the meta device, as accelerate leaves weights that it has "
+            "offloaded, so nothing can be merged into it; bring it in first."
+        )
+    return weight.data
+
+
+def _place(weight: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return a view of a weight, and the index of some flat positions in it."""
+    positions = indices.to(weight.device, torch.int64)
     if weight.is_contiguous():
-        weight.view(-1).index_put_((positions,), entries)
-    else:  # convolutions in channels_last: half as fast
-        weight.put_(positions, entries)
+        return weight.view(-1), (positions,)
+    return weight, torch.unravel_index(positions, weight.shape)  # convolutions in channels_last
 
 
 def _raw(tensor: Tensor) -> memoryview:

@@ -223,7 +223,7 @@ def tables(results: dict[str, dict[str, Any]], *, suffix: str = "") -> str:
     return "\n\n".join(
         [
             machine([result["environment"] for result in here.values()]),
-            "Less is better everywhere; – was not measured, or is no such thing. "
+            "Less is better everywhere; – : not measured, or does not apply. "
             f"In {behind} of {len(everything)} lines a peer is **ahead** of ours.",
             *(table(title, lines) for title, lines in parts.items() if lines),
         ]

@@ -119,7 +119,8 @@ def compose_parameter(base: Tensor, edits: Sequence[Edit]) -> Tensor:
         [2.0]
     """
     tensors = [*(edit.values for edit in edits), *(edit.indices for edit in edits)]
-    if not torch.is_grad_enabled():
+    # none to compute: `torch.compile` cannot trace a Function of which no argument requires one
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (base, *(edit.values for edit in edits))):
         return compose_all(base, tensors[: len(edits)], tensors[len(edits) :])  # type: ignore[arg-type]
     gates = tuple(edit.gate for edit in edits)
     return _Compose.apply(base, gates, *tensors)  # type: ignore[no-any-return, no-untyped-call]

@@ -41,7 +41,7 @@ def use_kernels(
         weight_gradient: how the gradient of a child's delta is computed: `"gather"` from the dense product of the
             whole weight, `"hull"` from the product of the rows and columns in which the child has entries,
             `"sampled"` entry by entry (SDDMM; in float32 where the device has no kernel for the dtype, and `"hull"`
-            where it has none at all). None leaves it as it is, outermost to their estimated cost.
+            where it has none at all). None leaves it as it is: chosen by estimated cost, unless forced further out.
         compose_cache: whether an adapter that is not merged keeps its composed weights while it is evaluated on few
             tokens: one copy of the adapted weights in memory, for the speed of the base. None leaves it as it is.
 
@@ -56,7 +56,7 @@ def use_kernels(
     if weight_gradient is not None and weight_gradient not in get_args(WeightGradient):
         raise ConfigError(
             f"weight_gradient={weight_gradient!r} is unknown; use one of {', '.join(get_args(WeightGradient))}, "
-            "or None for the cheapest one."
+            "or None to leave it as it is."
         )
     before = kernel_options.weight_gradient, kernel_options.compose_cache
     if weight_gradient is not None:

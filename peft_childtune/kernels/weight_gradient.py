@@ -14,7 +14,7 @@ from .options import WeightGradient, kernel_options
 
 __all__ = ["child_gradient", "choose_path"]
 
-CHUNK = 128  # tokens of one product: their copies stay in the cache, and cost no memory to speak of
+CHUNK = 128  # tokens of one product: their transposed copies stay in the cache
 TILE = 32  # tokens that are transposed by one product with the identity
 
 # Costs in multiply-adds of a dense product, fitted on two CPU cores in float32; that the choice is right shows in the
@@ -132,7 +132,7 @@ def _tokens_last(matrix: Tensor, *, out: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _identity(dtype: torch.dtype) -> Tensor:
-    return torch.eye(TILE, dtype=dtype)
+    return torch.eye(TILE, dtype=dtype, device="cpu")
 
 
 @lru_cache(maxsize=1)

@@ -50,7 +50,7 @@ class AdapterHolder(BaseTunerLayer):
         self._module_name = module_name
         self._tied: dict[str, tuple[AdapterHolder, str]] = {}  # parameters that another layer's child serves
         self._pending: dict[str, PendingLoad] = {}
-        self._replaced: dict[str, list[tuple[str, Tensor, Tensor]]] = {}  # parameter, positions, entries
+        self._replaced: dict[str, list[tuple[str, Tensor | None, Tensor]]] = {}  # parameter, positions, entries
         self._compose_cache = ComposeCache()
         self.in_features, self.out_features = _features(base_layer)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
 from ..codec import step_view
@@ -110,13 +111,15 @@ class ChildTuningLayer(AdapterHolder):
         edits = self._edits(parameter, ready)
         return self.composed(parameter, edits) if edits else self.base_parameter(parameter)
 
-    def _merge_plan(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _merge_plan(self, adapter_name: str) -> Iterator[tuple[str, Tensor | None, Tensor]]:
         self._require_child(adapter_name)
         for parameter in self.covered:
             values = self._values(adapter_name).get(parameter)
             if values is not None:
                 weight = self.base_parameter(parameter)
-                yield parameter, self.indices_in(weight, adapter_name, parameter), values.detach().to(weight.device)
+                found = self._code(adapter_name).decoded(parameter, weight, self.full_name(parameter))
+                assert found is not None  # a delta has a child
+                yield parameter, found.indices, values.detach().to(weight.device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weights in place, at the child's positions only.
@@ -131,6 +134,10 @@ class ChildTuningLayer(AdapterHolder):
         """
         before = list(self.merged_adapters)
         self._compose_cache.clear()
+        with _onloaded(self):
+            self._merge_all(safe_merge, adapter_names, before)
+
+    def _merge_all(self, safe_merge: bool, adapter_names: list[str] | None, before: list[str]) -> None:
         try:
             for adapter_name in check_adapters_to_merge(self, adapter_names):
                 if not any(adapter_name in owner.child_tuning_values for owner in self._owners()):
@@ -148,8 +155,9 @@ class ChildTuningLayer(AdapterHolder):
             self.unmerge_to(before)
             raise
 
-    def _merges_finite(self, parameter: str, indices: Tensor, values: Tensor) -> bool:
-        entries = self.base_parameter(parameter).detach().reshape(-1)[indices]
+    def _merges_finite(self, parameter: str, indices: Tensor | None, values: Tensor) -> bool:
+        flat = self.base_parameter(parameter).detach().reshape(-1)
+        entries = flat if indices is None else flat[indices]
         return bool(torch.isfinite(compose_entries(entries, values)).all())
 
     def unmerge(self) -> None:
@@ -161,10 +169,15 @@ class ChildTuningLayer(AdapterHolder):
 
     def unmerge_to(self, remaining: list[str]) -> None:
         """Undo the last merges until only `remaining` are left."""
-        while len(self.merged_adapters) > len(remaining):
-            adapter_name = self.merged_adapters.pop()
-            for parameter, indices, entries in self._replaced.pop(adapter_name, []):
-                restore_(self.base_parameter(parameter), indices, entries)
+        if len(self.merged_adapters) <= len(remaining):
+            return
+        with _onloaded(self):
+            while len(self.merged_adapters) > len(remaining):
+                adapter_name = self.merged_adapters[-1]
+                for parameter, indices, entries in self._replaced.get(adapter_name, []):
+                    restore_(self.base_parameter(parameter), indices, entries)
+                self._replaced.pop(adapter_name, None)  # not before: if a restoration fails, nothing is lost
+                self.merged_adapters.pop()
 
     def unmerged_base(self, parameter: str, base: Tensor | None = None) -> Tensor:
         """Return a base tensor as it is without any merge: itself, or a copy if something is merged.
@@ -216,12 +229,19 @@ class ChildTuningLayer(AdapterHolder):
         return "child_tuning." + super().__repr__()
 
 
+def _onloaded(layer: ChildTuningLayer) -> AbstractContextManager[None]:
+    """Return a context in which a layer's weights are on their device, if accelerate has offloaded them."""
+    base = layer.base_layer.__dict__
+    is_away = "_hf_hook" in base and any(p is not None and p.is_meta for p in base["_parameters"].values())
+    return onload_layer(layer) if is_away else nullcontext()
+
+
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None  # the latter: `torch.jit.trace`
 
 
 def child_layers(model: nn.Module) -> list[ChildTuningLayer]:
-    """Return a model's adapted layers in its own order, each once.
+    """Return a model's adapted layers, each once, in its own order: of tied ones the first serves the others.
 
     Faster than `model.modules()`, which shows when adapters are switched: what adapters hold is not searched.
     """

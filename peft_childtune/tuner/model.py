@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -27,11 +27,6 @@ from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
 
 __all__ = ["ChildTuningModel"]
-
-
-def _onloaded(layer: ChildTuningLayer) -> AbstractContextManager[None]:
-    """Return a context in which a layer's weights are on their device: PEFT's, if accelerate has offloaded them."""
-    return onload_layer(layer) if "_hf_hook" in layer.base_layer.__dict__ else nullcontext()
 
 
 class ChildTuningModel(BaseTuner):
@@ -192,23 +187,20 @@ class ChildTuningModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge on every layer, or, if `safe_merge` finds an entry that is not finite, on none."""
+        """Merge on every layer of this method, or, if `safe_merge` finds an entry that is not finite, on none."""
         before = [(layer, list(layer.merged_adapters)) for layer in child_layers(self.model)]
         try:
             for layer, _ in before:
-                with _onloaded(layer):
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
         except BaseException:
             for layer, merged in before:
-                with _onloaded(layer):
-                    layer.unmerge_to(merged)
+                layer.unmerge_to(merged)
             raise
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit."""
         for layer in child_layers(self.model):
-            with _onloaded(layer):
-                layer.unmerge()
+            layer.unmerge()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # when it unloads, PEFT copies `weight` and `bias` over, which not every module or head has

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import TargetError
+from .holder import AdapterHolder
 from .layer import ChildTuningLayer, child_layers
 from .modules import wrap
 from .targets import covered_names, unsupported_reason
@@ -31,8 +32,10 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
     Raises:
         TargetError: a module that shares a covered parameter cannot be wrapped.
     """
-    leaders: dict[int, tuple[ChildTuningLayer, str]] = {}
+    leaders: dict[int, tuple[AdapterHolder, str]] = {}
     layers = child_layers(model)
+    for layer in layers:  # who serves a weight stays so: earlier adapters have their children there
+        leaders |= {id(layer.base_parameter(name)): leader for name, leader in layer._tied.items()}
     inner = {id(m) for layer in layers for m in layer.get_base_layer().modules()}
     for layer in layers:
         for name in covered_names(layer.get_base_layer()):

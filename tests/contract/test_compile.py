@@ -80,6 +80,13 @@ def test_a_compiled_model_evaluates_what_the_eager_one_does():
         assert torch.equal(call(**batch).logits, model(**batch).logits)
 
 
+def test_a_frozen_adapter_is_compiled_to_one_graph_where_gradients_are_on():
+    model, batch = _family_model("bert", score="random", granularity="row").eval(), FAMILIES["bert"].batch()
+    model.requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**batch).logits, model(**batch).logits)
+
+
 def test_a_new_child_is_compiled_anew():
     from peft_childtune import ChildNetwork, get_child_network, select_child_network
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from peft import get_peft_model
@@ -222,3 +223,61 @@ def test_a_restored_base_does_not_depend_on_the_child_that_is_held_by_then():
             buffer.zero_()
     model.unmerge_adapter()
     assert changed_base(model, before) == []
+
+
+def test_a_model_that_was_cast_while_merged_is_restored_to_its_cast_base():
+    family = FAMILIES["bert"]
+    base = family.build()
+    expected = copy.deepcopy(base).bfloat16()
+    model = add_noise(wrap(base, family, score="random", density=0.3))
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert changed_base(model, snapshot(expected)) == []
+
+
+def test_a_restoration_that_fails_can_be_tried_again(monkeypatch):
+    family = FAMILIES["bert"]
+    base = family.build()
+    before = snapshot(base)
+    model = add_noise(wrap(base, family, score="random", density=0.3))
+    model.merge_adapter()
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_childtune.tuner.layer.restore_", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            model.unmerge_adapter()
+    model.unmerge_adapter()
+    assert changed_base(model, before) == []
+
+
+@pytest.mark.parametrize("way", ["unmerge", "disable", "unload"])
+def test_offloaded_weights_are_merged_and_restored_where_they_are(way):
+    family = FAMILIES["bert"]
+    base = family.build()
+    batch = family.batch()
+    plain = output(base, batch)
+    model = add_noise(wrap(base, family, score="random", density=0.3))
+    merged = output(model, batch)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    if way == "unload":
+        assert same_bits(output(model.merge_and_unload(safe_merge=True), batch), merged)
+        return
+    model.merge_adapter()
+    assert same_bits(output(model, batch), merged)
+    if way == "unmerge":
+        model.unmerge_adapter()
+    with model.disable_adapter():
+        assert same_bits(output(model, batch), plain)
+
+
+def test_a_merged_resampled_child_keeps_the_weights_it_replaced_and_no_positions():
+    base = nn.Sequential(nn.Linear(6, 4))
+    before = base[0].weight.clone()
+    config = ChildTuningConfig(target_modules=["0"], mode="task_free", resample=True, density=0.5)
+    model = add_noise(get_peft_model(base, config))
+    layer = model.base_model.model[0]
+    model.merge_adapter()
+    assert all(positions is None for _, positions, _ in layer._replaced["default"])
+    assert same_bits(layer.base_parameter("weight"), before + layer.get_delta_weight("default"))
+    model.unmerge_adapter()
+    assert same_bits(layer.base_parameter("weight"), before)

@@ -58,6 +58,18 @@ class TestTiedWeights:
             twin.get_input_embeddings().weight.add_(delta)
         assert same_bits(output(model, family.batch()), output(twin, family.batch()))
 
+    def test_a_second_adapter_leaves_the_first_one_its_child(self, name, targets, tied):
+        family, model = self.build(name, targets)
+        add_noise(model)
+        alone = output(model, family.batch())
+        config = ChildTuningConfig(score="random", target_modules=targets, density=0.25, seed=1)
+        model.add_adapter("second", config)
+        model.set_adapter("default")
+        assert same_bits(output(model, family.batch()), alone)
+        assert get_child_network(model, "second").nnz == 512
+        model.merge_adapter()
+        assert same_bits(output(model, family.batch()), alone)
+
     def test_merged_equals_unmerged_and_unmerge_restores_the_base(self, name, targets, tied):
         family, model = self.build(name, targets)
         add_noise(model)
