@@ -33,12 +33,15 @@ class ScoreSums:
         For sums that are elsewhere this moves each batch once, not each example.
         """
         total = self.tensors[name]
-        if total.device == device:
+        if self._is_there(name, device):
             yield total
             return
         part = torch.zeros_like(total, device=device)
         yield part
         total += part.to(total.device)
+
+    def _is_there(self, name: str, device: torch.device) -> bool:
+        return self.tensors[name].device == device
 
     def add_square(self, name: str, grad: Tensor, *, factor: float = 1.0) -> None:
         """Add `factor * grad^2`."""
