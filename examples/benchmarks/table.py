@@ -45,6 +45,9 @@ class Line:
         return f"{value:,.{self.digits}f}"
 
 
+Tables = dict[str, list[Line]]  # by their titles
+
+
 def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
     """Return the only row with these values, None if there is none."""
     found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
@@ -73,9 +76,9 @@ KINDS = {
 }
 
 
-def step_lines(rows: Sequence[Row]) -> dict[str, list[Line]]:
+def step_tables(rows: Sequence[Row]) -> Tables:
     """Return one table for each model and batch."""
-    tables: dict[str, list[Line]] = {}
+    tables: Tables = {}
     settings = dict.fromkeys((row["architecture"], row["rows"], row["tokens"]) for row in rows)
     for position, (architecture, count, tokens) in enumerate(settings):
         here = [r for r in rows if (r["architecture"], r["rows"], r["tokens"]) == (architecture, count, tokens)]
@@ -182,24 +185,21 @@ def _index_line(row: Row, ours: float, child: str) -> Line:
     return Line(what, ours, INDEX_BYTES, digits=3)
 
 
-TITLES: dict[str, tuple[str, Callable[[Sequence[Row]], list[Line]]]] = {
-    "memory": ("Peak memory of a whole run, MiB", memory_lines),
-    "switch": ("Replacing one merged adapter by another", switch_lines),
-    "inference": ("Time of a forward pass, the base alone = 1", inference_lines),
-    "file_size": ("Bytes on disk for each trained weight, float32", file_size_lines),
-    "index_size": ("Bytes of the positions for each trained weight, random children", index_size_lines),
-    "fisher_index_size": ("The same, children of a real encoder", fisher_index_size_lines),
-    "selection": ("Time to find the threshold of many scores, torch.kthvalue = 1", selection_lines),
-    "fisher": ("Time of the Fisher pass, forward + backward = 1", fisher_lines),
+def _titled(title: str, lines: Callable[[Sequence[Row]], list[Line]]) -> Callable[[Sequence[Row]], Tables]:
+    return lambda rows: {title: lines(rows)}
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], Tables]] = {
+    "step": step_tables,
+    "memory": _titled("Peak memory of a whole run, MiB", memory_lines),
+    "switch": _titled("Replacing one merged adapter by another", switch_lines),
+    "inference": _titled("Time of a forward pass, the base alone = 1", inference_lines),
+    "file_size": _titled("Bytes on disk for each trained weight, float32", file_size_lines),
+    "index_size": _titled("Bytes of the positions for each trained weight, random children", index_size_lines),
+    "fisher_index_size": _titled("The same, children of a real encoder", fisher_index_size_lines),
+    "selection": _titled("Time to find the threshold of many scores, torch.kthvalue = 1", selection_lines),
+    "fisher": _titled("Time of the Fisher pass, forward + backward = 1", fisher_lines),
 }
-
-
-def lines_of(name: str, rows: Sequence[Row]) -> dict[str, list[Line]]:
-    """Return the tables of one result file, as lines by title."""
-    if name == "step":
-        return step_lines(rows)
-    title, lines = TITLES[name]
-    return {title: lines(rows)}
 
 
 def table(title: str, lines: Sequence[Line]) -> str:
@@ -216,8 +216,8 @@ def table(title: str, lines: Sequence[Line]) -> str:
 
 def tables(results: dict[str, dict[str, Any]], *, suffix: str = "") -> str:
     """Return the tables of one device, with the machine and versions above them."""
-    here = {name: results[name + suffix] for name in ("step", *TITLES) if name + suffix in results}
-    parts = {title: lines for name, result in here.items() for title, lines in lines_of(name, result["rows"]).items()}
+    here = {name: results[name + suffix] for name in TABLES if name + suffix in results}
+    parts = {title: lines for name, result in here.items() for title, lines in TABLES[name](result["rows"]).items()}
     everything = [line for lines in parts.values() for line in lines]
     behind = sum(bool(line.ahead()) for line in everything)
     return "\n\n".join(

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import SelectionError
 from ..kernels import ComposeCache
 from ..sparse import SparseDelta, TensorChild
-from .state import ChildCode, ChildValues
+from .state import ChildCode, ChildValues, Decoded
 from .steps import count_steps
 from .targets import covered_names
 
@@ -108,6 +108,12 @@ class AdapterHolder(BaseTunerLayer):
         """Return an adapter's child of one parameter, or None where nothing was kept."""
         shape = tuple(self.base_parameter(parameter).shape)
         return self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
+
+    def decoded(self, adapter_name: str, parameter: str) -> Decoded:
+        """Return an adapter's decoded child of a parameter of which it has a delta, on the parameter's device."""
+        found = self._code(adapter_name).decoded(parameter, self.base_parameter(parameter), self.full_name(parameter))
+        assert found is not None  # a delta has a child
+        return found
 
     def indices_in(self, base: Tensor, adapter_name: str, parameter: str) -> Tensor:
         """Return an adapter's kept positions in a base tensor, which may be gathered from shards, on its device."""

@@ -37,7 +37,6 @@ class ChildTuningLayer(AdapterHolder):
     def _edits(self, parameter: str, adapters: list[str]) -> list[Edit]:
         """Return what some adapters do to a parameter, in their order."""
         owner, parameter = self._tied.get(parameter, (self, parameter))
-        base, name = owner.base_parameter(parameter), owner.full_name(parameter)
         holders = owner._held("child_tuning_values")
         edits = []
         for adapter_name in adapters:
@@ -45,15 +44,13 @@ class ChildTuningLayer(AdapterHolder):
             values = None if holder is None else holder._parameters.get(parameter)
             if values is None:
                 continue
-            code = owner._code(adapter_name)
-            found = code.decoded(parameter, base, name)
-            assert found is not None  # a delta has a child
+            found = owner.decoded(adapter_name, parameter)
             if (rule := found.resampled) is None:
                 edits.append(Edit(values, found.indices, hull=found.hull))
                 continue
             if torch.is_grad_enabled() and values.requires_grad:
                 owner._count_steps(adapter_name, parameter)
-            gate = StepGate(rule.seed, rule.stream, rule.density, step_view(code.get(parameter)))
+            gate = StepGate(rule.seed, rule.stream, rule.density, step_view(owner._code(adapter_name).get(parameter)))
             edits.append(Edit(values, None, gate))
         return edits
 
@@ -116,10 +113,7 @@ class ChildTuningLayer(AdapterHolder):
         for parameter in self.covered:
             values = self._values(adapter_name).get(parameter)
             if values is not None:
-                weight = self.base_parameter(parameter)
-                found = self._code(adapter_name).decoded(parameter, weight, self.full_name(parameter))
-                assert found is not None  # a delta has a child
-                yield parameter, found.indices, values.detach().to(weight.device)
+                yield parameter, self.decoded(adapter_name, parameter).indices, values.detach()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weights in place, at the child's positions only.
@@ -135,30 +129,27 @@ class ChildTuningLayer(AdapterHolder):
         before = list(self.merged_adapters)
         self._compose_cache.clear()
         with _onloaded(self):
-            self._merge_all(safe_merge, adapter_names, before)
+            try:
+                for adapter_name in check_adapters_to_merge(self, adapter_names):
+                    if any(adapter_name in owner.child_tuning_values for owner in self._owners()):
+                        self._merge_one(adapter_name, safe_merge)
+            except BaseException:
+                self.unmerge_to(before)
+                raise
 
-    def _merge_all(self, safe_merge: bool, adapter_names: list[str] | None, before: list[str]) -> None:
-        try:
-            for adapter_name in check_adapters_to_merge(self, adapter_names):
-                if not any(adapter_name in owner.child_tuning_values for owner in self._owners()):
-                    continue
-                plan = list(self._merge_plan(adapter_name)) if adapter_name in self.child_tuning_values else []
-                if safe_merge and not all(self._merges_finite(*step) for step in plan):
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-                    )
-                self.merged_adapters.append(adapter_name)
-                done = self._replaced[adapter_name] = []
-                for parameter, indices, values in plan:
-                    done.append((parameter, indices, merge_(self.base_parameter(parameter), indices, values)))
-        except BaseException:
-            self.unmerge_to(before)
-            raise
+    def _merge_one(self, adapter_name: str, safe_merge: bool) -> None:
+        plan = list(self._merge_plan(adapter_name)) if adapter_name in self.child_tuning_values else []
+        if safe_merge and not all(self._merges_finite(*step) for step in plan):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+        self.merged_adapters.append(adapter_name)
+        done = self._replaced[adapter_name] = []
+        for parameter, indices, values in plan:
+            done.append((parameter, indices, merge_(self.base_parameter(parameter), indices, values)))
 
     def _merges_finite(self, parameter: str, indices: Tensor | None, values: Tensor) -> bool:
         flat = self.base_parameter(parameter).detach().reshape(-1)
         entries = flat if indices is None else flat[indices]
-        return bool(torch.isfinite(compose_entries(entries, values)).all())
+        return bool(torch.isfinite(compose_entries(entries, values.to(flat.device))).all())
 
     def unmerge(self) -> None:
         """Restore the base weights bit for bit, by writing back the entries that the merges replaced."""

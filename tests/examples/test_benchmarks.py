@@ -235,8 +235,8 @@ def test_plots_and_table_are_made_from_the_saved_results(results, tmp_path):
     plots = {path.stem: path.read_bytes() for path in results.glob("*.png")}
     assert set(plots) == {"step", "memory", "inference", "file_size"}
     assert all(content.startswith(b"\x89PNG") and len(content) < 100_000 for content in plots.values())
-    for name in {"step", *table.TITLES} & {saved for names in SAVED.values() for saved in names}:
-        for title, lines in table.lines_of(name, report.load(results)[name]["rows"]).items():
+    for name in table.TABLES.keys() & {saved for names in SAVED.values() for saved in names}:
+        for title, lines in table.TABLES[name](report.load(results)[name]["rows"]).items():
             assert not lines or table.table(title, lines) in readme.read_text()
 
 
