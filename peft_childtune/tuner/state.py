@@ -19,6 +19,12 @@ __all__ = ["ChildCode", "ChildValues", "Decoded"]
 class ChildValues(nn.Module):
     """The deltas of one adapter on one layer: one 1-D parameter per base parameter of which anything was kept."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # PEFT's policy makes FSDP units of leaf modules with a trainable `weight`. Nobody calls the forward of this one,
+        # so FSDP would never bring its parameters in: it must not be a leaf.
+        self.no_leaf = nn.Module()
+
     def get(self, parameter: str) -> nn.Parameter | None:
         """Return the delta of one base parameter, or None where nothing was kept."""
         return self._parameters.get(parameter)

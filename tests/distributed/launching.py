@@ -51,7 +51,7 @@ def start(
         for process in running:
             process.kill()
     for process, text in zip(running, printed, strict=True):
-        assert process.returncode == 0, text
+        assert process.returncode == 0, f"exit status {process.returncode}:\n{text}"
     return printed
 
 
