@@ -4,6 +4,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader
 
 from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, select_child_network
+from tests.distributed.trainers import trained_by_trainer
 from tests.distributed.training import base_model, child_model, collate, place, rows, shard, state_of, train, wrapped
 
 CASES: dict[str, Callable[[Path], Any]] = {}
@@ -42,6 +44,10 @@ def _trained(how: str | None, kind: str) -> Callable[[Path], Any]:
 for _how in (None, "ddp", "fsdp1", "fsdp2"):
     for _kind in ("d", "f_fixed", "f_resampled"):
         CASES[f"{_how or 'one'}_{_kind}"] = _trained(_how, _kind)
+
+
+for _kind in ("d", "f_resampled"):
+    CASES[f"trainer_{_kind}"] = partial(trained_by_trainer, _kind)
 
 
 def _error_of(call: Callable[[], object]) -> tuple[str, str]:

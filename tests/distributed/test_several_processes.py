@@ -15,12 +15,13 @@ from tests.distributed.training import base_model
 
 KINDS = ("d", "f_fixed", "f_resampled")
 HOW = ("ddp", "fsdp1", "fsdp2")
+TRAINERS = ("trainer_d", "trainer_f_resampled")
 STEPS = 5
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    names = [*(f"one_{kind}" for kind in KINDS), "uneven_shards"]
+    names = [*(f"one_{kind}" for kind in KINDS), *TRAINERS, "uneven_shards"]
     return {name: found[0] for name, found in run_cases(names, 1, tmp_path_factory.mktemp("one")).items()}
 
 
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, list[Any]]:
     names = [*(f"{how}_{kind}" for how in HOW for kind in KINDS), "ddp_traffic", "uneven_shards", "one_fails"]
-    return run_cases([*names, "fsdp2_saving"], 2, folder)
+    return run_cases([*names, *TRAINERS, "fsdp2_saving"], 2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,34 @@ def test_every_process_ends_with_the_deltas_that_one_process_trains(runs, one):
 @pytest.mark.parametrize("name", ["ddp_d", "fsdp2_d", "fsdp2_f_resampled"])
 def test_three_processes_do_too(name, three, one):
     _check_against_one(three[name], one[f"one_{name.partition('_')[2]}"])
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainer_in_two_processes_trains_what_it_trains_in_one(name, two, one):
+    _check_against_one([run["whole"] for run in two[name]], one[name]["whole"])
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_run_of_two_processes_that_is_resumed_ends_in_the_same_bits(name, two):
+    for run in two[name]:
+        whole, resumed = run["whole"], run["resumed"]
+        assert resumed["digest"] == whole["digest"]
+        for part in ("trained", "codes"):
+            assert all(torch.equal(value, resumed[part][key]) for key, value in whole[part].items())
+        states = list(zip(whole["optimizer"], resumed["optimizer"], strict=True))
+        assert states and all(
+            torch.equal(value, after[key]) for before, after in states for key, value in before.items()
+        )
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainer_saves_the_adapter_that_both_processes_hold(name, two, folder):
+    kind = name.partition("_")[2]
+    loaded = PeftModel.from_pretrained(base_model(), folder / kind / "whole", is_trainable=True)
+    expected = two[name][0]["whole"]["trained"]
+    found = {key: parameter for key, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value.detach(), expected[key]) for key, value in found.items())
 
 
 def test_the_base_stays_as_it_was_in_every_process(runs):

@@ -65,12 +65,12 @@ def shard(batch_size: int = 4) -> list[dict[str, Tensor]]:
     return batches[rank::world]
 
 
-def child_model(kind: str, *, seed: int = 0, **options: Any) -> nn.Module:
+def child_model(kind: str, *, selects: bool = True, **options: Any) -> nn.Module:
     """Return a wrapped model with its child."""
     settings = {"task_type": "SEQ_CLS", "exclude_modules": r".*\.key", **CONFIGS[kind], **options}
     config = ChildTuningConfig(**settings)
-    model = get_peft_model(base_model(seed), config)
-    if config.needs_data:
+    model = get_peft_model(base_model(), config)
+    if config.needs_data and selects:
         select_child_network(model, shard(), show_progress=False)
     return model
 
