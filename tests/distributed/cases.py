@@ -15,11 +15,24 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
 from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, select_child_network
+from peft_childtune.codec import write_step_
 from tests.distributed.trainers import trained_by_trainer
-from tests.distributed.training import base_model, child_model, collate, place, rows, shard, state_of, train, wrapped
+from tests.distributed.training import (
+    base_model,
+    child_model,
+    collate,
+    full,
+    place,
+    rows,
+    shard,
+    state_of,
+    train,
+    wrapped,
+)
 
 CASES: dict[str, Callable[[Path], Any]] = {}
 
@@ -133,14 +146,14 @@ def _numbered(model: torch.nn.Module) -> None:
             parameter += torch.arange(1, parameter.numel() + 1).view(parameter.shape) * 1e-3 + number
 
 
-def _fsdp2_accelerator(**options: Any) -> Accelerator:
+def _fsdp2_accelerator(state_dict_type: str = "FULL_STATE_DICT") -> Accelerator:
     """Return an accelerator that shards over CPU processes, which accelerate itself leaves to accelerators."""
     accelerator = Accelerator(cpu=True)
     state = AcceleratorState()
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     settings = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["BertLayer"]}
-    settings |= {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings, **options)
+    settings |= {"state_dict_type": state_dict_type, "cpu_ram_efficient_loading": False}
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
     return accelerator
 
 
@@ -180,6 +193,54 @@ def fsdp2_saving(folder: Path) -> dict[str, Any]:
         "merge": _error_of(model.merge_adapter),
     }
     return {"expected": expected, "errors": errors}
+
+
+def _fsdp2_checkpoint(kind: str, folder: Path) -> dict[str, Any]:
+    """Save and load the state of a run through accelerate, with everything trained set to zero in between."""
+    accelerator = _fsdp2_accelerator(kind)
+    model = child_model("f_resampled")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for batch in shard()[:2]:
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    before = state_of(model)
+    accelerator.save_state(folder / kind)
+    with torch.no_grad():
+        for tensor in (p for p in model.parameters() if p.requires_grad):
+            tensor.zero_()
+        for name, code in model.named_buffers():
+            if ".child_tuning_code." in name:
+                write_step_(code, 77)
+    accelerator.load_state(folder / kind)
+    return {"before": before, "after": state_of(model)}
+
+
+for _kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+    CASES[f"fsdp2_{_kind}"] = partial(_fsdp2_checkpoint, _kind)
+
+
+@case
+def fsdp2_bf16(folder: Path) -> dict[str, Any]:
+    """Take many steps, each too small to show in bf16, with bf16 all-gathers and products."""
+    model = child_model("f_fixed")
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.get_base_model().bert.encoder.layer:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    deltas = {name: p for name, p in model.named_parameters() if "child_tuning_values" in name}
+    with torch.no_grad():
+        for delta in deltas.values():
+            delta.fill_(1.0)
+    optimizer = torch.optim.SGD(deltas.values(), lr=1.0)
+    for _ in range(100):
+        model(**shard()[0]).loss.backward()
+        for delta in deltas.values():
+            delta.grad.fill_(1e-4)  # bf16 numbers near 1 are 0.004 to 0.008 apart
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: full(delta) for name, delta in deltas.items()}
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -16,6 +16,7 @@ from tests.distributed.training import base_model
 KINDS = ("d", "f_fixed", "f_resampled")
 HOW = ("ddp", "fsdp1", "fsdp2")
 TRAINERS = ("trainer_d", "trainer_f_resampled")
+CHECKPOINTS = ("fsdp2_FULL_STATE_DICT", "fsdp2_SHARDED_STATE_DICT")
 STEPS = 5
 
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, list[Any]]:
     names = [*(f"{how}_{kind}" for how in HOW for kind in KINDS), "ddp_traffic", "uneven_shards", "one_fails"]
-    return run_cases([*names, *TRAINERS, "fsdp2_saving"], 2, folder)
+    return run_cases([*names, *TRAINERS, *CHECKPOINTS, "fsdp2_bf16", "fsdp2_saving"], 2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,22 @@ def test_a_gathered_fsdp2_adapter_is_complete(two, folder):
     found = {name: parameter.detach() for name, parameter in loaded.named_parameters() if parameter.requires_grad}
     assert found.keys() == expected.keys()
     assert all(torch.equal(values, expected[name]) for name, values in found.items())
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_accelerate_saves_and_loads_the_state_of_a_sharded_run(name, two):
+    for run in two[name]:
+        for part in ("trained", "codes"):
+            before, after = run["before"][part], run["after"][part]
+            assert before and before.keys() == after.keys()
+            assert all(torch.equal(value, after[key]) for key, value in before.items())
+        assert {read_step(code) for code in run["after"]["codes"].values()} == {2}
+
+
+def test_under_bf16_sharding_updates_below_the_precision_of_bf16_add_up(two):
+    for run in two["fsdp2_bf16"]:
+        for values in run.values():
+            torch.testing.assert_close(values, torch.full_like(values, 1 - 100 * 1e-4), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
