@@ -82,6 +82,10 @@ def set_values(layer: ChildTuningLayer, adapter_name: str, parameter: str, value
         refuse_steps_on(old)
     holder._parameters.pop(parameter, None)
     holder.register_parameter(parameter, nn.Parameter(values, requires_grad=keep))
+    # in the layer's order, whatever was there before: a saved optimizer knows its parameters by number only
+    for name in layer.covered:
+        if name in holder._parameters:
+            holder._parameters[name] = holder._parameters.pop(name)
 
 
 def install_children(
