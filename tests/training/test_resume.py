@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -110,3 +114,25 @@ def test_a_callback_gives_way_to_the_child_of_the_checkpoint(tmp_path):
     assert get_child_network(trainer.model) != get_child_network(whole.model)
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{CHECKPOINT}"))
     assert differences(state_of(trainer), end) == []
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Train each kind in processes that are killed after the checkpoint, and resume in new ones."""
+    folder = tmp_path_factory.mktemp("killed")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.killed", folder], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.startswith(tuple(KINDS))]
+    assert ends == [f"{kind} {-signal.SIGKILL} 0" for kind in KINDS], done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed_in_another_process_ends_in_the_bits_of_one_that_was_not(
+    uninterrupted, killed
+):
+    end = torch.load(killed / uninterrupted.kind / "end.pt", weights_only=True)
+    assert differences(end, uninterrupted.end) == []
