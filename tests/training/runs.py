@@ -52,11 +52,17 @@ def batches(seed: int = 0) -> list[dict[str, Tensor]]:
 
 def wrapped(kind: str = "D", **options: Any) -> nn.Module:
     """Return the encoder with an adapter of a kind; a task-driven one has no child yet."""
-    return get_peft_model(base(), ChildTuningConfig(task_type="SEQ_CLS", **({"density": 0.2} | KINDS[kind] | options)))
+    settings = {"task_type": "SEQ_CLS", "density": 0.2} | KINDS[kind] | options
+    return get_peft_model(base(), ChildTuningConfig(**settings))
 
 
 def trainer_for(
-    model: nn.Module, folder: Path | str, *, callbacks: list[Any] | None = None, **options: Any
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    callbacks: list[Any] | None = None,
+    compute_metrics: Any = None,
+    **options: Any,
 ) -> Trainer:
     """Return a trainer of six steps over two micro-batches each, a checkpoint in the middle of the first epoch."""
     arguments = {
@@ -77,13 +83,25 @@ def trainer_for(
     }
     table = rows()
     arguments = TrainingArguments(**(arguments | options))
-    return Trainer(model, arguments, train_dataset=table, eval_dataset=table[:8], callbacks=callbacks)
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=table,
+        eval_dataset=table[:8],
+        callbacks=callbacks,
+        compute_metrics=compute_metrics,
+    )
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of every weight, delta and code of a model."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """Return what a run ends with: every weight, delta and code, the optimizer, the schedule, all random states."""
-    model, optimizer = trainer.model, trainer.optimizer.state_dict()
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    optimizer = trainer.optimizer.state_dict()
+    tensors = tensors_of(trainer.model)
     for number, state in optimizer["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value.clone() for key, value in state.items()}
     tensors["random.torch"] = torch.get_rng_state()
@@ -94,7 +112,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "groups": optimizer["param_groups"],
         "schedule": trainer.lr_scheduler.state_dict(),
         "steps": trainer.state.global_step,
-        "child": get_child_network(model).digest(),
+        "child": get_child_network(trainer.model).digest(),
         **others,
     }
 
