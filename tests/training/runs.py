@@ -25,8 +25,16 @@ STEPS, CHECKPOINT = 6, 3
 def base(**options: Any) -> nn.Module:
     """Return the encoder: with dropout, so that the random state matters."""
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    config = BertConfig(vocab_size=40, max_position_embeddings=16, hidden_dropout_prob=0.2, **(size | options))
+    settings = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 16,
+        "hidden_dropout_prob": 0.2,
+    }
+    config = BertConfig(**(settings | options))
     return BertForSequenceClassification(config).eval()
 
 
