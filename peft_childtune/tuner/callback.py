@@ -29,6 +29,7 @@ class ChildTuningCallback(TrainerCallback):
     before the optimizer is made and the model distributed; callbacks that are added later come too late. Children that
     are there already, loaded or in no need of data, stay as they are. Resuming brings the checkpoint's child along: it
     replaces the one chosen here, and where `args.resume_from_checkpoint` names a checkpoint, none is chosen at all.
+    (A `model_init` makes another model when training starts: choose inside it.)
 
     Args:
         dataloader: batches to choose by, or a function without arguments that returns them, called only if they are

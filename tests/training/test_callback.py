@@ -29,9 +29,10 @@ def test_the_child_is_there_once_the_trainer_is_made(tmp_path):
     assert get_child_network(model) == _child_of(batches())
 
 
-def test_without_data_the_trainers_own_training_batches_are_looked_at(tmp_path):
+@pytest.mark.parametrize("callback", [ChildTuningCallback(), ChildTuningCallback], ids=["object", "class"])
+def test_without_data_the_trainers_own_training_batches_are_looked_at(callback, tmp_path):
     model = wrapped()
-    trainer = trainer_for(model, tmp_path, callbacks=[ChildTuningCallback()])
+    trainer = trainer_for(model, tmp_path, callbacks=[callback])
     child = get_child_network(model)
     # the trainer shuffles, which changes the order of summation, and no more
     assert child.overlap(_child_of(batches())) > 0.99
