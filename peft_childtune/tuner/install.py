@@ -137,9 +137,8 @@ def install_children(
         )
         make = torch.zeros if config.init_weights else torch.randn
         trainable = adapter_name in layer.active_adapters and not config.inference_mode and not layer.disable_adapters
-        set_values(
-            layer, adapter_name, parameter, make(count, dtype=torch.float32, device=device), trainable=trainable
-        )
+        dtype = weight.dtype if layer._values(adapter_name).in_base_dtype else torch.float32
+        set_values(layer, adapter_name, parameter, make(count, dtype=dtype, device=device), trainable=trainable)
 
 
 def _check_sizes(name: str, sizes: object, numel: int) -> tuple[int, int]:

@@ -201,6 +201,16 @@ def test_deltas_gradients_and_moments_over_a_low_precision_base_are_float32(kind
         assert torch.equal(merged[name], composed)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_asks_for_deltas_in_the_dtype_of_the_base_gets_them_also_of_a_child_chosen_by_data(kind):
+    """As TRL does under DeepSpeed ZeRO-3, which gathers parameters of one dtype only."""
+    config = ChildTuningConfig(**({"density": 0.3} | KINDS[kind]))
+    model = get_peft_model(base().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+    if kind == "D":
+        select_child_network(model, batches(), show_progress=False)
+    assert {p.dtype for p in _trained(model)} == {torch.bfloat16}
+
+
 def _of_length(length, size, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, 40, (size, length), generator=generator)
