@@ -58,10 +58,10 @@ def batches(seed: int = 0) -> list[dict[str, Tensor]]:
     ]
 
 
-def wrapped(kind: str = "D", **options: Any) -> nn.Module:
+def wrapped(kind: str = "D", *, layers: int = 2, **options: Any) -> nn.Module:
     """Return the encoder with an adapter of a kind; a task-driven one has no child yet."""
     settings = {"task_type": "SEQ_CLS", "density": 0.2} | KINDS[kind] | options
-    return get_peft_model(base(), ChildTuningConfig(**settings))
+    return get_peft_model(base(num_hidden_layers=layers), ChildTuningConfig(**settings))
 
 
 def trainer_for(

@@ -212,11 +212,13 @@ def test_gradient_checkpointing_changes_nothing_over_a_frozen_embedding(kind, us
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's compiler
 @pytest.mark.parametrize("kind", ["D", "per-step F"])
 def test_a_run_resumed_in_a_compiled_trainer_ends_in_the_bits_of_the_eager_one(kind, tmp_path):
-    eager = trainer_for(_ready(kind), tmp_path)
+    eager = trainer_for(_ready(kind, layers=1), tmp_path)
     eager.train()
     end = state_of(eager)
     torch.compiler.reset()
-    compiled = trainer_for(_ready(kind), tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = trainer_for(
+        _ready(kind, layers=1), tmp_path / "compiled", torch_compile=True, torch_compile_backend="aot_eager"
+    )
     compiled.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{CHECKPOINT}"))
     assert hasattr(compiled.model_wrapped, "_orig_mod")  # it was compiled
     assert differences(state_of(compiled), end) == []
