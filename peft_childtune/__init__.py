@@ -25,6 +25,7 @@ from .errors import (
 from .network import ChildNetwork
 from .sparse import SparseDelta
 from .tuner import (
+    ChildTuningCallback,
     ChildTuningConfig,
     ChildTuningModel,
     get_child_network,
@@ -37,6 +38,7 @@ __all__ = [
     "BaseMismatchError",
     "BudgetError",
     "ChildNetwork",
+    "ChildTuningCallback",
     "ChildTuningConfig",
     "ChildTuningError",
     "ChildTuningModel",

@@ -21,6 +21,7 @@ def test_the_public_names_are_the_documented_ones():
         "BaseMismatchError",
         "BudgetError",
         "ChildNetwork",
+        "ChildTuningCallback",
         "ChildTuningConfig",
         "ChildTuningError",
         "ChildTuningModel",

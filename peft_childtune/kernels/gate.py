@@ -44,4 +44,5 @@ def _gated(gradient: Tensor, step: Tensor, seed: int, stream: int, density: floa
     mask = bernoulli_mask(
         gradient.numel(), density, seed=seed % (1 << 64), stream=stream, step=step, device=gradient.device
     )
-    return (gradient.reshape(-1) * mask).div_(density).view_as(gradient)
+    # not times the mask: an overflow outside of it would come out as NaN
+    return gradient.reshape(-1).where(mask, 0).div_(density).view_as(gradient)

@@ -82,6 +82,10 @@ def set_values(layer: ChildTuningLayer, adapter_name: str, parameter: str, value
         refuse_steps_on(old)
     holder._parameters.pop(parameter, None)
     holder.register_parameter(parameter, nn.Parameter(values, requires_grad=keep))
+    # in the layer's order, whatever was there before: a saved optimizer knows its parameters by number only
+    for name in layer.covered:
+        if name in holder._parameters:
+            holder._parameters[name] = holder._parameters.pop(name)
 
 
 def install_children(
@@ -133,9 +137,8 @@ def install_children(
         )
         make = torch.zeros if config.init_weights else torch.randn
         trainable = adapter_name in layer.active_adapters and not config.inference_mode and not layer.disable_adapters
-        set_values(
-            layer, adapter_name, parameter, make(count, dtype=torch.float32, device=device), trainable=trainable
-        )
+        dtype = weight.dtype if layer._values(adapter_name).in_base_dtype else torch.float32
+        set_values(layer, adapter_name, parameter, make(count, dtype=dtype, device=device), trainable=trainable)
 
 
 def _check_sizes(name: str, sizes: object, numel: int) -> tuple[int, int]:

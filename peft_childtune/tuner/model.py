@@ -239,6 +239,7 @@ class ChildTuningModel(BaseTuner):
             return
         for layer in child_layers(self.model):  # the deltas are float32 unless a user asks for the base's own dtype
             if adapter_name in layer.child_tuning_values:
+                layer._values(adapter_name).in_base_dtype = True
                 for parameter, values in layer._values(adapter_name)._parameters.items():
                     values.data = values.data.to(layer.base_parameter(parameter).dtype)  # type: ignore[union-attr]
 

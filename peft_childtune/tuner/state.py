@@ -18,7 +18,13 @@ __all__ = ["ChildCode", "ChildValues", "Decoded"]
 
 
 class ChildValues(nn.Module):
-    """The deltas of one adapter on one layer: one 1-D parameter per base parameter of which anything was kept."""
+    """The deltas of one adapter on one layer: one 1-D parameter per base parameter of which anything was kept.
+
+    Attributes:
+        in_base_dtype: whether a child chosen later has deltas of the base's own dtype, and not of float32.
+    """
+
+    in_base_dtype = False
 
     def __init__(self) -> None:
         super().__init__()

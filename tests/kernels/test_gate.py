@@ -72,3 +72,11 @@ def test_the_mean_over_steps_is_the_gradient():
     mean = torch.stack([_gate(step, density=0.5)(gradient) for step in range(2000)]).mean(0)
     # g * M / p has the standard deviation |g| at p = 1/2; five of them over sqrt(2000)
     assert bool(((mean - gradient).abs() <= 5 * gradient.abs() / 2000**0.5).all())
+
+
+@pytest.mark.parametrize("overflow", [float("inf"), float("-inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_outside_the_mask_is_masked_like_any_other(overflow):
+    expected = _gate(3)(torch.ones(1000))
+    gradient = torch.ones(1000).where(expected != 0, overflow)
+    assert gradient.isfinite().sum() < 1000
+    assert torch.equal(_gate(3)(gradient), expected)
