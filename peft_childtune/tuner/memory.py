@@ -20,7 +20,7 @@ from .targets import block_names, block_of
 
 __all__ = ["MemoryEstimate", "estimate_memory"]
 
-_HEADER = 64  # bytes of a code beside its payload, and of the code of a random child
+_HEADER = 128  # bytes of a code beside its payload, and of the code of a random child
 _RICE = 1.05  # bits of a Rice code for each bit of entropy, at most, of children that are spread evenly
 _INT32 = torch.iinfo(torch.int32).max
 
