@@ -100,16 +100,15 @@ def estimate_memory(
     - whole: for each entry of `modules_to_save` a copy and a gradient of its dtype, and `optimizer_bytes`
     - working: the largest, over the covered tensors, of its composed weight (while others are dropped; in the
       backward a dense gradient follows it) and of two fp32 temporaries of the optimizer. A base of 16 bits adds 18
-      bytes for each trained weight of that tensor; `resample` makes it 5 bytes a weight, 10 for a base of 16 bits.
+      bytes for each trained weight of that tensor; `resample` makes it 5 bytes a weight, 10 for a base of 16 bits
     - selection: base, copies of `modules_to_save`, and the larger of `4 N` (fp32 scores) with the chosen units
-      (`8 n` for single entries) or one more weight; and `12 n` when the child is installed. Random children have no
-      scores.
+      (`8 n` for single entries) or one more weight, and of `4 n` with the code. Random children have no scores
     - selection_host: `24 n` for single entries, `8 n` for larger units: lists of positions, to report and to return
 
     Not in it: activations; the input and output of the model; the lines of each weight that the child uses (8 bytes
-    each, below a thousandth); another copy of the largest weight under autocast; torch's AdamW with `foreach`, its
-    default on accelerators, which adds `4 n` within a step (`fused=True` does not); the buckets of
-    DistributedDataParallel, `4 n`.
+    each, below a thousandth); another copy of the largest weight under autocast; 256 MiB of products in a Fisher pass
+    on an accelerator; torch's AdamW with `foreach`, its default on accelerators, which adds `4 n` within a step
+    (`fused=True` does not); the buckets of DistributedDataParallel, `4 n`.
 
     Args:
         model: the base model, not wrapped; any floating-point dtypes.
@@ -184,7 +183,7 @@ def estimate_memory(
         else round(sum(kept[n] * (8 if g.numel > _INT32 else 4) for n, g in grids.items())),
         whole=_divided(trained_whole, shards),
         working=round(working),
-        selection=round(base + copies + max(here, chosen + 4 * nnz + code)),
+        selection=round(base + copies + max(here, 4 * nnz + code)),
         selection_host=round(max(lists, scores + chosen if scores_on_host else 0)),
     )
 

@@ -164,7 +164,7 @@ def test_an_optimizer_with_less_state_and_scores_on_the_host_take_less():
     assert estimate_memory(base, config, optimizer_bytes=2).optimizer == 2 * 4096
     assert full.selection - full.base == 4 * 8192 + 8 * 4096
     there = estimate_memory(base, config, scores_on_host=True)
-    assert there.selection - there.base == 12 * 4096 + there.code
+    assert there.selection - there.base == max(4 * 64 * 64, 4 * 4096 + there.code)
     assert there.selection_host == full.selection_host == 24 * 4096  # more than the scores and what is chosen
     few = ChildTuningConfig(target_modules=["0", "1"], density=0.125)
     assert estimate_memory(base, few, scores_on_host=True).selection_host == 4 * 8192 + 8 * 1024
