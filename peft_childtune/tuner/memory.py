@@ -100,7 +100,7 @@ def estimate_memory(
     - whole: for each entry of `modules_to_save` a copy and a gradient of its dtype, and `optimizer_bytes`
     - working: the largest, over the covered tensors, of its composed weight (while others are dropped; in the
       backward a dense gradient follows it) and of two fp32 temporaries of the optimizer. A base of 16 bits adds 18
-      bytes for each trained weight of that tensor; `resample` makes it 5 bytes a weight, 10 for a base of 16 bits
+      bytes for each trained weight of that tensor; `resample` makes it 8 bytes a weight, 10 for a base of 16 bits
     - selection: base, copies of `modules_to_save`, and the larger of `4 N` (fp32 scores) with the chosen units
       (`8 n` for single entries) or one more weight, and of `4 n` with the code. Random children have no scores
     - selection_host: `24 n` for single entries, `8 n` for larger units: lists of positions, to report and to return
@@ -222,8 +222,8 @@ def _working(tensor: Tensor, kept: float, *, is_resampled: bool) -> float:
     """Return what a tensor takes while its delta is used, on top of what stays."""
     numel, is_narrow = tensor.numel(), tensor.element_size() < 4
     step = 8 * kept  # AdamW's square root and its quotient
-    if is_resampled:  # summed in fp32 and rounded; the gradient made fp32, and its mask
-        return max(numel * (10 if is_narrow else 5), step)
+    if is_resampled:  # base, sum and result of the composition; of a wide base less than the optimizer's
+        return numel * (10 if is_narrow else 8)
     # positions as int64, and the entries before and after: compose_entries of a narrow base
     return max(_bytes(tensor) + (18 * kept if is_narrow else 0), step)
 
