@@ -4,7 +4,7 @@ from .budget import Scope, budget_for
 from .child import ResampledUnits, SeededUnits, TensorChild
 from .delta import SparseDelta, compose, compose_entries
 from .rng import bernoulli_mask, hash_positions
-from .select import select_children, select_random_children
+from .select import budgets_of, select_children, select_random_children
 from .topk import select_topk
 from .units import Granularity, UnitGrid
 
@@ -18,6 +18,7 @@ __all__ = [
     "UnitGrid",
     "bernoulli_mask",
     "budget_for",
+    "budgets_of",
     "compose",
     "compose_entries",
     "hash_positions",

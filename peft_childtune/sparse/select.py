@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ScoreError
+from ..errors import BudgetError, ConfigError, ScoreError
 from .budget import Scope, empty_budget_error, share_of
 from .child import TensorChild
 from .draw import draw_units
@@ -17,7 +18,7 @@ from .rows import select_per_neuron
 from .topk import select_topk
 from .units import UnitGrid
 
-__all__ = ["select_children", "select_random_children", "select_topk"]
+__all__ = ["budgets_of", "select_children", "select_random_children", "select_topk"]
 
 
 def select_children(
@@ -120,6 +121,41 @@ def select_random_children(
     return children
 
 
+def budgets_of(
+    grids: Mapping[str, UnitGrid], *, density: float, scope: Scope = "global", groups: Mapping[str, str] | None = None
+) -> list[tuple[list[str], int]]:
+    """Return which tensors share each budget, and how many entries a child keeps of it, before anything is chosen.
+
+    Exact where all units that share a budget are of one size. Elsewhere (whole rows next to the single entries of
+    biases, tiles cut off at an edge) a choice may keep less than one of the largest units fewer.
+
+    Args:
+        grids: as in `select_children`, like the others.
+        density: see `grids`.
+        scope: see `grids`.
+        groups: see `grids`.
+
+    Raises:
+        BudgetError: nothing at all would be kept, or `density` is out of range.
+        ConfigError: a scope that does not go with the granularity, or without its groups.
+
+    Example:
+        >>> budgets_of({"w": UnitGrid((10, 10), "row"), "v": UnitGrid((5, 10), "row")}, density=0.25)
+        [(['w', 'v'], 30)]
+    """
+    budgets = []
+    for names in _budget_groups(grids, density=density, scope=scope, groups=groups):
+        budget = share_of(density, sum(grids[name].numel for name in names))
+        sizes = {
+            math.prod(grids[name].tile) if grids[name].has_equal_units else 1 for name in names if grids[name].numel
+        }
+        size = sizes.pop() if len(sizes) == 1 else 1
+        budgets.append((names, budget // size * size))
+    if not any(nnz for _, nnz in budgets):
+        raise _empty_error(grids, density=density, scope=scope, groups=groups)
+    return budgets
+
+
 def _budget_groups(
     grids: Mapping[str, UnitGrid], *, density: float, scope: Scope, groups: Mapping[str, str] | None
 ) -> list[list[str]]:
@@ -204,8 +240,13 @@ def _refuse_empty(
     def is_empty(child: TensorChild) -> bool:
         return (child.units.numel() if isinstance(child.units, Tensor) else child.units.count) == 0  # type: ignore[union-attr]
 
-    if not all(is_empty(child) for child in children.values()):
-        return
+    if all(is_empty(child) for child in children.values()):
+        raise _empty_error(grids, density=density, scope=scope, groups=groups)
+
+
+def _empty_error(
+    grids: Mapping[str, UnitGrid], *, density: float, scope: Scope, groups: Mapping[str, str] | None
+) -> BudgetError:
     # the budget that needs the least density for one unit of any of its tensors, the largest to be on the safe side
     best = (0, 1)
     for names in _budget_groups(grids, density=density, scope=scope, groups=groups):
@@ -213,4 +254,4 @@ def _refuse_empty(
         needed = max((grids[name].tile[0] * grids[name].tile[1] for name in names if grids[name].numel), default=1)
         best = max(best, (numel, needed), key=lambda pair: pair[0] / pair[1])
     unit = next((grid.granularity for grid in grids.values()), "weight")
-    raise empty_budget_error(density, numel=best[0], needed=best[1], unit=unit)
+    return empty_budget_error(density, numel=best[0], needed=best[1], unit=unit)

@@ -3,6 +3,7 @@
 from .callback import ChildTuningCallback
 from .config import ChildTuningConfig
 from .layer import ChildTuningLayer
+from .memory import MemoryEstimate, estimate_memory
 from .model import ChildTuningModel
 from .registration import register
 from .selection import get_child_network, get_deltas, select_child_network, selection_report
@@ -12,6 +13,8 @@ __all__ = [
     "ChildTuningConfig",
     "ChildTuningLayer",
     "ChildTuningModel",
+    "MemoryEstimate",
+    "estimate_memory",
     "get_child_network",
     "get_deltas",
     "select_child_network",
