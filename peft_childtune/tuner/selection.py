@@ -221,6 +221,8 @@ def select_child_network(
             )
             how = {"source": config.score, "examples": result.num_examples, "loss": result.loss}
             del result  # the scores, as large as the covered weights in fp32
+        # from an accelerator, where the scores were, to where all else of a child network is kept
+        children = {name: _on_cpu(child) for name, child in children.items()}
         chosen = ChildNetwork(children)
     agree(f"child {chosen.digest()}", what="the processes chose different children, so none of them can be trained.")
     with failing_together():
@@ -234,6 +236,10 @@ def select_child_network(
     if is_first_rank():
         logger.info("%s", selection_report(model, adapter_name))
     return chosen
+
+
+def _on_cpu(child: TensorChild) -> TensorChild:
+    return TensorChild(child.grid, child.units.cpu() if isinstance(child.units, Tensor) else child.units)
 
 
 _DIFFERENT_MODELS = (
