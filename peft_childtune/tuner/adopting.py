@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import IntegrityError
+from ..errors import IntegrityError, UnsupportedError
 from ..seal import verify_seal
 from .config import ChildTuningConfig
-from .install import check_not_merged, layers_of, set_values
+from .install import check_not_merged, device_beside, layers_of, set_values
+from .layer import ChildTuningLayer
 from .loading import PEFT_PREFIX, head_tensors, sealed_tensor
+from .offload import fill_away_, is_away
 
 __all__ = ["adopt_state_dict"]
 
@@ -44,6 +46,26 @@ def _check_rest(model: nn.Module, rest: Mapping[str, Tensor], heads: set[str]) -
             raise IntegrityError(
                 f"{key}: is neither part of the child nor of `modules_to_save`, and an adapter holds no base weights; "
                 "save or fetch the file again."
+            )
+
+
+def _is_out_of_reach(layers: Iterable[ChildTuningLayer]) -> bool:
+    """Return whether the base is offloaded, and without its hooks: PEFT removes them and dispatches after loading."""
+    bases = [layer.get_base_layer() for layer in layers]
+    return any(p.is_meta and not is_away(base) for base in bases for p in base.parameters(recurse=False))
+
+
+def _check_places(layers: Iterable[ChildTuningLayer], adapter_name: str) -> None:
+    """Raise if the places for an adapter's tensors are offloaded: what PEFT copies into them would be lost.
+
+    Raises:
+        UnsupportedError: they are.
+    """
+    for layer in layers:
+        if is_away(layer._values(adapter_name)) or is_away(layer._code(adapter_name)):
+            raise UnsupportedError(
+                f"{layer._module_name}: what adapter {adapter_name!r} holds is offloaded, so nothing can be loaded "
+                "into it; load under another adapter name, or before the model is dispatched."
             )
 
 
@@ -107,15 +129,19 @@ def adopt_state_dict(
             raise IntegrityError(
                 f"{absent[0]}: is not in the weights file; the file is incomplete: save or fetch it again."
             )
-        children = {n: sealed_tensor(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
-        verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
+        later = pending is not None and _is_out_of_reach(layers.values())
+        if not later:
+            children = {n: sealed_tensor(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
+            verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
+        _check_places(layers.values(), adapter_name)
+        rest = fill_away_(model, rest, adapter_name)
     except BaseException:
         if pending is not None:
             pending.discard()
         raise
     _shape_after(arrived, adapter_name, config)
     if pending is not None:
-        pending.finish()
+        pending.postpone(seals[0]) if later else pending.finish()
     wide = {
         k: v.to(torch.float32) if v.is_floating_point() else v for k, v in ours.items() if "child_tuning_seal" not in k
     }
@@ -131,7 +157,7 @@ def _shape_after(arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, conf
             holder._buffers.pop(parameter, None)
             layer._values(adapter_name)._parameters.pop(parameter, None)
             continue
-        device = layer.base_parameter(parameter).device
+        device = device_beside(layer.base_parameter(parameter))
         old = layer._values(adapter_name).get(parameter)
         if old is None or old.shape != values.shape:
             trainable = adapter_name in layer.active_adapters and not config.inference_mode

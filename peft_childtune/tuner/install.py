@@ -18,6 +18,7 @@ from .steps import refuse_steps_on
 __all__ = [
     "check_not_merged",
     "covered_tensors",
+    "device_beside",
     "grids_of",
     "install_children",
     "layers_of",
@@ -84,6 +85,11 @@ def set_values(layer: ChildTuningLayer, adapter_name: str, parameter: str, value
     holder.register_parameter(parameter, nn.Parameter(values, requires_grad=keep))
 
 
+def device_beside(weight: Tensor) -> torch.device:
+    """Return where to keep what belongs to a weight: an offloaded one comes from the CPU, or over it."""
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
 def install_children(
     model: nn.Module,
     adapter_name: str,
@@ -126,11 +132,9 @@ def install_children(
         if not count:
             layer._values(adapter_name)._parameters.pop(parameter, None)
             continue
-        weight = layer.base_parameter(parameter)
-        device = torch.device("meta") if meta else weight.device
-        layer._code(adapter_name).set_child(
-            parameter, encode_child(child).to(weight.device if not weight.is_meta else "cpu")
-        )
+        device = device_beside(layer.base_parameter(parameter))
+        layer._code(adapter_name).set_child(parameter, encode_child(child).to(device))
+        device = torch.device("meta") if meta else device
         make = torch.zeros if config.init_weights else torch.randn
         trainable = adapter_name in layer.active_adapters and not config.inference_mode and not layer.disable_adapters
         set_values(
@@ -169,8 +173,7 @@ def prepare_places(model: nn.Module, adapter_name: str, config: ChildTuningConfi
     for name, layer, parameter in covered:
         nnz, coded = sizes[name]
         if nnz:
-            weight = layer.base_parameter(parameter)
-            device = torch.device("cpu") if weight.is_meta else weight.device
+            device = device_beside(layer.base_parameter(parameter))
             layer._code(adapter_name).set_child(parameter, torch.zeros(coded, dtype=torch.uint8, device=device))
             values = torch.zeros(nnz, dtype=torch.float32, device="meta" if meta else device)
             trainable = adapter_name in layer.active_adapters and not config.inference_mode
