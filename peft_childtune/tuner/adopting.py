@@ -81,7 +81,8 @@ def adopt_state_dict(
         state_dict: keys without the adapter's name, as in the file; heads under those keys or under the model's own.
 
     Returns:
-        `state_dict` without the seal, deltas in float32.
+        `state_dict` without the seal, deltas in float32. With it if the base is out of reach, and verified at the
+        end of loading.
 
     Raises:
         FormatError, IntegrityError, BaseMismatchError: before anything changed; a new adapter is out of the model
@@ -143,7 +144,9 @@ def adopt_state_dict(
     if pending is not None:
         pending.postpone(seals[0]) if later else pending.finish()
     wide = {
-        k: v.to(torch.float32) if v.is_floating_point() else v for k, v in ours.items() if "child_tuning_seal" not in k
+        k: v.to(torch.float32) if v.is_floating_point() else v
+        for k, v in ours.items()
+        if later or "child_tuning_seal" not in k
     }
     return {**rest, **wide}
 
