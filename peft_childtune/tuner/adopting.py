@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IntegrityError, UnsupportedError
+from ..errors import IntegrityError
 from ..seal import verify_seal
 from .config import ChildTuningConfig
-from .install import check_not_merged, device_beside, layers_of, set_values
+from .install import check_not_merged, check_places, device_beside, layers_of, set_values
 from .layer import ChildTuningLayer
 from .loading import PEFT_PREFIX, head_tensors, sealed_tensor
 from .offload import fill_away_, is_away
@@ -53,20 +53,6 @@ def _is_out_of_reach(layers: Iterable[ChildTuningLayer]) -> bool:
     """Return whether the base is offloaded, and without its hooks: PEFT removes them and dispatches after loading."""
     bases = [layer.get_base_layer() for layer in layers]
     return any(p.is_meta and not is_away(base) for base in bases for p in base.parameters(recurse=False))
-
-
-def _check_places(layers: Iterable[ChildTuningLayer], adapter_name: str) -> None:
-    """Raise if the places for an adapter's tensors are offloaded: what PEFT copies into them would be lost.
-
-    Raises:
-        UnsupportedError: they are.
-    """
-    for layer in layers:
-        if is_away(layer._values(adapter_name)) or is_away(layer._code(adapter_name)):
-            raise UnsupportedError(
-                f"{layer._module_name}: what adapter {adapter_name!r} holds is offloaded, so nothing can be loaded "
-                "into it; load under another adapter name, or before the model is dispatched."
-            )
 
 
 def adopt_state_dict(
@@ -134,7 +120,7 @@ def adopt_state_dict(
         if not later:
             children = {n: sealed_tensor(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
             verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
-        _check_places(layers.values(), adapter_name)
+        check_places(layers.values(), adapter_name)
         rest = fill_away_(model, rest, adapter_name)
     except BaseException:
         if pending is not None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import SelectionError
 from ..kernels import ComposeCache
 from ..sparse import SparseDelta, TensorChild
-from .offload import onloaded
+from .offload import onloaded, out_of_reach
 from .state import ChildCode, ChildValues, Decoded
 from .steps import count_steps
 from .targets import covered_names
@@ -131,6 +131,8 @@ class AdapterHolder(BaseTunerLayer):
                 return SparseDelta(shape, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
             child = self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
             assert child is not None  # selected together with the values
+            if values.is_meta:
+                raise out_of_reach(f"{self.full_name(parameter)}: the delta")
             return SparseDelta(shape, child.indices(device=values.device).to(values.device), values.detach().clone())
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..codec import encode_child
-from ..errors import DeltaError, FormatError, SelectionError
+from ..errors import DeltaError, FormatError, SelectionError, UnsupportedError
 from ..sparse import TensorChild, UnitGrid
 from .config import ChildTuningConfig
 from .layer import ChildTuningLayer
+from .offload import is_away
 from .steps import refuse_steps_on
 
 __all__ = [
     "check_not_merged",
+    "check_places",
     "covered_tensors",
     "device_beside",
     "grids_of",
@@ -71,6 +73,20 @@ def check_not_merged(layers: Iterable[ChildTuningLayer], adapter_name: str) -> N
             )
 
 
+def check_places(layers: Iterable[ChildTuningLayer], adapter_name: str) -> None:
+    """Raise if the places for an adapter's tensors are offloaded: what is put there would be lost.
+
+    Raises:
+        UnsupportedError: they are.
+    """
+    for layer in layers:
+        if is_away(layer._values(adapter_name)) or is_away(layer._code(adapter_name)):
+            raise UnsupportedError(
+                f"{layer._module_name}: what adapter {adapter_name!r} holds is offloaded, so no child or delta can be "
+                "put there; do it before the model is dispatched, or use another adapter name."
+            )
+
+
 def set_values(layer: ChildTuningLayer, adapter_name: str, parameter: str, values: Tensor, *, trainable: bool) -> None:
     """Make `values` the delta of one base parameter; one of the same length, dtype and device keeps its identity."""
     holder = layer._values(adapter_name)
@@ -111,6 +127,7 @@ def install_children(
         DeltaError: names or shapes are not those of the model; nothing was changed.
     """
     check_not_merged(layers_of(model, adapter_name).values(), adapter_name)
+    check_places(layers_of(model, adapter_name).values(), adapter_name)
     covered = list(covered_tensors(model, adapter_name))
     if unknown := set(children) - {name for name, _, _ in covered}:
         raise DeltaError(

@@ -16,7 +16,7 @@ from ..kernels import Edit, StepGate, compose_parameter
 from ..sparse import compose_entries
 from ..weights import merge_, restore_
 from .holder import AdapterHolder
-from .offload import follow_tied_, onloaded
+from .offload import follow_tied_, is_away, onloaded, out_of_reach
 from .targets import covered_names
 
 __all__ = ["COMPOSE_CACHE_TOKENS", "ChildTuningLayer", "child_layers"]
@@ -32,6 +32,10 @@ class ChildTuningLayer(AdapterHolder):
         self._compose_cache.clear()
         for adapter_name in list(self._pending):
             self.resolve_pending(adapter_name, may_be_empty=True)
+        for holder in self._held("child_tuning_values").values() if mode else ():
+            # a hook on a module above would exchange the deltas for copies, whose gradients are lost unseen
+            if not is_away(holder) and any(p.is_meta and p.requires_grad for p in holder.parameters()):
+                raise out_of_reach(f"{self._module_name}: a delta that is to be trained")
         return super().train(mode)  # type: ignore[misc]
 
     def _edits(self, parameter: str, adapters: list[str]) -> list[Edit]:
@@ -117,7 +121,11 @@ class ChildTuningLayer(AdapterHolder):
         for parameter in self.covered:
             values = self._values(adapter_name).get(parameter)
             if values is not None:
-                yield parameter, self.decoded(adapter_name, parameter, self.base_parameter(parameter)).indices, values.detach()
+                yield (
+                    parameter,
+                    self.decoded(adapter_name, parameter, self.base_parameter(parameter)).indices,
+                    values.detach(),
+                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weights in place, at the child's positions only.
@@ -189,11 +197,7 @@ class ChildTuningLayer(AdapterHolder):
         """
         weight = self.base_parameter(parameter).detach() if base is None else base
         if weight.is_meta:
-            raise UnsupportedError(
-                f"{self.full_name(parameter)}: the base weight is on the meta device, and no hook of accelerate's "
-                "brings it in; load or save adapters before the model is dispatched, or dispatch it without "
-                "`preload_module_classes`."
-            )
+            raise out_of_reach(f"{self.full_name(parameter)}: the base weight")
         if not self.merged:
             return weight
         weight = weight.clone()

@@ -18,7 +18,16 @@ from ..errors import UnsupportedError
 if TYPE_CHECKING:
     from .holder import AdapterHolder
 
-__all__ = ["bring_in_", "fill_away_", "follow_tied_", "forward_onloaded", "is_away", "must_onload", "onloaded"]
+__all__ = [
+    "bring_in_",
+    "fill_away_",
+    "follow_tied_",
+    "forward_onloaded",
+    "is_away",
+    "must_onload",
+    "onloaded",
+    "out_of_reach",
+]
 
 _Out = TypeVar("_Out")
 
@@ -32,6 +41,14 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def is_away(module: nn.Module) -> bool:
     """Return whether accelerate holds tensors of a module elsewhere, and can bring them in."""
     return "_hf_hook" in module.__dict__ and any(tensor.is_meta for tensor in _own_tensors(module).values())
+
+
+def out_of_reach(what: str) -> UnsupportedError:
+    """Return the error for a tensor that is on the meta device still when it is read."""
+    return UnsupportedError(
+        f"{what} is on the meta device, and no hook of accelerate's on its own module brings it in. Use it before the "
+        "model is dispatched, dispatch without `preload_module_classes`, or give its module a device."
+    )
 
 
 @contextmanager
@@ -156,10 +173,7 @@ def bring_in_(state_dict: dict[str, Tensor], model: nn.Module, adapter_name: str
                 key = f"{path}.{name}"
                 if key in state_dict and state_dict[key].is_meta:
                     if tensor.is_meta:
-                        raise UnsupportedError(
-                            f"{key}: is on the meta device, and no hook of accelerate's brings it in; save the adapter "
-                            "before the model is dispatched, or dispatch without `preload_module_classes`."
-                        )
+                        raise out_of_reach(f"{key}: the tensor")
                     state_dict[key] = tensor.detach().cpu()
 
 
@@ -185,8 +199,5 @@ def fill_away_(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: st
         if is_away(module):
             _keep(module, {name: left.pop(f"{path}.{name}", tensor) for name, tensor in own.items()})
         elif lost := [name for name, tensor in own.items() if tensor.is_meta]:
-            raise UnsupportedError(
-                f"{path}.{lost[0]}: is on the meta device, so nothing can be loaded into it; keep `modules_to_save` "
-                "on a device in `device_map`."
-            )
+            raise out_of_reach(f"{path}.{lost[0]}: the tensor")
     return left
