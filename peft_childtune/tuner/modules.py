@@ -52,7 +52,7 @@ class Linear(ChildTuningLayer, nn.Module):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         base = self.get_base_layer()
         if "_hf_hook" in base.__dict__ and must_onload(self, adapters):
-            return forward_onloaded(Linear.forward, self, x, *args, **kwargs)
+            return forward_onloaded(Linear.forward, self, x, *args, **kwargs)  # type: ignore[no-any-return]
         edits = self._edits("weight", adapters)
         bias_edits = self._edits("bias", adapters) if base.bias is not None else []
         if not edits and not bias_edits:

@@ -109,7 +109,7 @@ def _refuse_training(pairs: list[tuple[nn.Module, nn.Module]], away: list[nn.Mod
         trained = [p for p in values._parameters.values() if p is not None and p.requires_grad]
         if values in away:
             for parameter in trained:  # copies, that live as long as this forward
-                parameter.register_hook(_refuse_gradient)
+                parameter.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
         elif code in away and trained:
             raise UnsupportedError(
                 "a child that accelerate has offloaded (`offload_buffers=True`) cannot be trained: steps are counted "
@@ -138,7 +138,7 @@ def onloaded(layer: AdapterHolder, *, writes: bool = False) -> Iterator[None]:
                 _keep(base, _own_tensors(base))
 
 
-@torch.compiler.disable  # accelerate's hooks are, too
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as accelerate's hooks are
 def forward_onloaded(forward: Callable[..., _Out], layer: AdapterHolder, *args: Any, **kwargs: Any) -> _Out:
     """Return what a layer's `forward` does with all its weights on the execution device."""
     with onloaded(layer):
