@@ -96,35 +96,6 @@ def test_an_offloaded_model_answers_the_bits_of_one_on_a_device(way, order, name
     assert same_bits(output(model, batch), expected)
 
 
-class Counted(dict):
-    """Weights that count how often each is fetched."""
-
-    def __init__(self, tensors):
-        super().__init__(tensors)
-        self.fetched = dict.fromkeys(tensors, 0)
-
-    def __getitem__(self, name):
-        self.fetched[name] += 1
-        return super().__getitem__(name)
-
-
-@pytest.mark.parametrize("state", ["active", "disabled", "without_a_delta"])
-def test_each_offloaded_weight_is_fetched_once_in_a_forward(state):
-    family = FAMILIES["llama"]
-    model = plain()
-    if state == "without_a_delta":
-        for layer in layers_in(model):
-            layer._values("default")._parameters.clear()
-    weights = Counted({name: tensor.clone() for name, tensor in model.state_dict().items()})
-    to_cpu(model, state_dict=weights)
-    weights.fetched = dict.fromkeys(weights, 0)
-    if state == "disabled":
-        model.base_model.disable_adapter_layers()
-    output(model, family.batch())
-    kept = [n for n in weights if ".child_tuning_" not in n or (".child_tuning_values." in n and state == "active")]
-    assert {weights.fetched[name] for name in kept} == {1}
-
-
 @ways
 def test_a_convolution_answers_the_same_bits_offloaded_with_and_without_gradients(way):
     def build():
