@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..errors import IntegrityError
 from ..seal import verify_seal
 from .config import ChildTuningConfig
-from .install import check_not_merged, layers_of, set_values
+from .install import check_not_merged, check_places, device_beside, layers_of, set_values
+from .layer import ChildTuningLayer
 from .loading import PEFT_PREFIX, head_tensors, sealed_tensor
+from .offload import fill_away_, is_away
 
 __all__ = ["adopt_state_dict"]
 
@@ -47,6 +49,12 @@ def _check_rest(model: nn.Module, rest: Mapping[str, Tensor], heads: set[str]) -
             )
 
 
+def _is_out_of_reach(layers: Iterable[ChildTuningLayer]) -> bool:
+    """Return whether the base is offloaded, and without its hooks: PEFT removes them and dispatches after loading."""
+    bases = [layer.get_base_layer() for layer in layers]
+    return any(p.is_meta and not is_away(base) for base in bases for p in base.parameters(recurse=False))
+
+
 def adopt_state_dict(
     model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -59,7 +67,8 @@ def adopt_state_dict(
         state_dict: keys without the adapter's name, as in the file; heads under those keys or under the model's own.
 
     Returns:
-        `state_dict` without the seal, deltas in float32.
+        `state_dict` without the seal, deltas in float32. With it if the base is out of reach, and verified at the
+        end of loading.
 
     Raises:
         FormatError, IntegrityError, BaseMismatchError: before anything changed; a new adapter is out of the model
@@ -107,17 +116,23 @@ def adopt_state_dict(
             raise IntegrityError(
                 f"{absent[0]}: is not in the weights file; the file is incomplete: save or fetch it again."
             )
-        children = {n: sealed_tensor(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
-        verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
+        later = pending is not None and _is_out_of_reach(layers.values())
+        if not later:
+            children = {n: sealed_tensor(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
+            verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
+        check_places(layers.values(), adapter_name)
+        rest = fill_away_(model, rest, adapter_name)
     except BaseException:
         if pending is not None:
             pending.discard()
         raise
     _shape_after(arrived, adapter_name, config)
     if pending is not None:
-        pending.finish()
+        pending.postpone(seals[0]) if later else pending.finish()
     wide = {
-        k: v.to(torch.float32) if v.is_floating_point() else v for k, v in ours.items() if "child_tuning_seal" not in k
+        k: v.to(torch.float32) if v.is_floating_point() else v
+        for k, v in ours.items()
+        if later or "child_tuning_seal" not in k
     }
     return {**rest, **wide}
 
@@ -131,7 +146,7 @@ def _shape_after(arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, conf
             holder._buffers.pop(parameter, None)
             layer._values(adapter_name)._parameters.pop(parameter, None)
             continue
-        device = layer.base_parameter(parameter).device
+        device = device_beside(layer.base_parameter(parameter))
         old = layer._values(adapter_name).get(parameter)
         if old is None or old.shape != values.shape:
             trainable = adapter_name in layer.active_adapters and not config.inference_mode

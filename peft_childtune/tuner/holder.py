@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import SelectionError
 from ..kernels import ComposeCache
 from ..sparse import SparseDelta, TensorChild
+from .offload import onloaded, out_of_reach
 from .state import ChildCode, ChildValues, Decoded
 from .steps import count_steps
 from .targets import covered_names
@@ -107,11 +108,12 @@ class AdapterHolder(BaseTunerLayer):
     def child(self, adapter_name: str, parameter: str) -> TensorChild | None:
         """Return an adapter's child of one parameter, or None where nothing was kept."""
         shape = tuple(self.base_parameter(parameter).shape)
-        return self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
+        with onloaded(self):
+            return self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
 
-    def decoded(self, adapter_name: str, parameter: str) -> Decoded:
-        """Return an adapter's decoded child of a parameter of which it has a delta, on the parameter's device."""
-        found = self._code(adapter_name).decoded(parameter, self.base_parameter(parameter), self.full_name(parameter))
+    def decoded(self, adapter_name: str, parameter: str, base: Tensor) -> Decoded:
+        """Return an adapter's decoded child of a parameter of which it has a delta, on the device of `base`."""
+        found = self._code(adapter_name).decoded(parameter, base, self.full_name(parameter))
         assert found is not None  # a delta has a child
         return found
 
@@ -123,12 +125,15 @@ class AdapterHolder(BaseTunerLayer):
         """Return an adapter's delta of one parameter, as copies."""
         self._require_child(adapter_name)
         shape = tuple(self.base_parameter(parameter).shape)
-        values = self._values(adapter_name).get(parameter)
-        if values is None:
-            return SparseDelta(shape, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-        child = self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
-        assert child is not None  # selected together with the values
-        return SparseDelta(shape, child.indices(device=values.device).to(values.device), values.detach().clone())
+        with onloaded(self):
+            values = self._values(adapter_name).get(parameter)
+            if values is None:
+                return SparseDelta(shape, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+            child = self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
+            assert child is not None  # selected together with the values
+            if values.is_meta:
+                raise out_of_reach(f"{self.full_name(parameter)}: the delta")
+            return SparseDelta(shape, child.indices(device=values.device).to(values.device), values.detach().clone())
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return an adapter's delta of the weight as a dense tensor of the weight's shape, zero outside the child."""

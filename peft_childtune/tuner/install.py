@@ -9,15 +9,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..codec import encode_child
-from ..errors import DeltaError, FormatError, SelectionError
+from ..errors import DeltaError, FormatError, SelectionError, UnsupportedError
 from ..sparse import TensorChild, UnitGrid
 from .config import ChildTuningConfig
 from .layer import ChildTuningLayer
+from .offload import is_away
 from .steps import refuse_steps_on
 
 __all__ = [
     "check_not_merged",
+    "check_places",
     "covered_tensors",
+    "device_beside",
     "grids_of",
     "install_children",
     "layers_of",
@@ -70,6 +73,20 @@ def check_not_merged(layers: Iterable[ChildTuningLayer], adapter_name: str) -> N
             )
 
 
+def check_places(layers: Iterable[ChildTuningLayer], adapter_name: str) -> None:
+    """Raise if the places for an adapter's tensors are offloaded: what is put there would be lost.
+
+    Raises:
+        UnsupportedError: they are.
+    """
+    for layer in layers:
+        if is_away(layer._values(adapter_name)) or is_away(layer._code(adapter_name)):
+            raise UnsupportedError(
+                f"{layer._module_name}: what adapter {adapter_name!r} holds is offloaded, so no child or delta can be "
+                "put there; do it before the model is dispatched, or use another adapter name."
+            )
+
+
 def set_values(layer: ChildTuningLayer, adapter_name: str, parameter: str, values: Tensor, *, trainable: bool) -> None:
     """Make `values` the delta of one base parameter; one of the same length, dtype and device keeps its identity."""
     holder = layer._values(adapter_name)
@@ -86,6 +103,11 @@ def set_values(layer: ChildTuningLayer, adapter_name: str, parameter: str, value
     for name in layer.covered:
         if name in holder._parameters:
             holder._parameters[name] = holder._parameters.pop(name)
+
+
+def device_beside(weight: Tensor) -> torch.device:
+    """Return where to keep what belongs to a weight: an offloaded one comes from the CPU, or over it."""
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def install_children(
@@ -109,6 +131,7 @@ def install_children(
         DeltaError: names or shapes are not those of the model; nothing was changed.
     """
     check_not_merged(layers_of(model, adapter_name).values(), adapter_name)
+    check_places(layers_of(model, adapter_name).values(), adapter_name)
     covered = list(covered_tensors(model, adapter_name))
     if unknown := set(children) - {name for name, _, _ in covered}:
         raise DeltaError(
@@ -131,10 +154,9 @@ def install_children(
             layer._values(adapter_name)._parameters.pop(parameter, None)
             continue
         weight = layer.base_parameter(parameter)
-        device = torch.device("meta") if meta else weight.device
-        layer._code(adapter_name).set_child(
-            parameter, encode_child(child).to(weight.device if not weight.is_meta else "cpu")
-        )
+        device = device_beside(weight)
+        layer._code(adapter_name).set_child(parameter, encode_child(child).to(device))
+        device = torch.device("meta") if meta else device
         make = torch.zeros if config.init_weights else torch.randn
         trainable = adapter_name in layer.active_adapters and not config.inference_mode and not layer.disable_adapters
         dtype = weight.dtype if layer._values(adapter_name).in_base_dtype else torch.float32
@@ -172,8 +194,7 @@ def prepare_places(model: nn.Module, adapter_name: str, config: ChildTuningConfi
     for name, layer, parameter in covered:
         nnz, coded = sizes[name]
         if nnz:
-            weight = layer.base_parameter(parameter)
-            device = torch.device("cpu") if weight.is_meta else weight.device
+            device = device_beside(layer.base_parameter(parameter))
             layer._code(adapter_name).set_child(parameter, torch.zeros(coded, dtype=torch.uint8, device=device))
             values = torch.zeros(nnz, dtype=torch.float32, device="meta" if meta else device)
             trainable = adapter_name in layer.active_adapters and not config.inference_mode

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..codec import step_view
@@ -17,6 +16,7 @@ from ..kernels import Edit, StepGate, compose_parameter
 from ..sparse import compose_entries
 from ..weights import merge_, restore_
 from .holder import AdapterHolder
+from .offload import follow_tied_, is_away, onloaded, out_of_reach
 from .targets import covered_names
 
 __all__ = ["COMPOSE_CACHE_TOKENS", "ChildTuningLayer", "child_layers"]
@@ -32,10 +32,16 @@ class ChildTuningLayer(AdapterHolder):
         self._compose_cache.clear()
         for adapter_name in list(self._pending):
             self.resolve_pending(adapter_name, may_be_empty=True)
+        for holder in self._held("child_tuning_values").values() if mode else ():
+            # a hook on a module above would exchange the deltas for copies, whose gradients are lost unseen
+            if not is_away(holder) and any(p.is_meta and p.requires_grad for p in holder.parameters()):
+                raise out_of_reach(f"{self._module_name}: a delta that is to be trained")
         return super().train(mode)  # type: ignore[misc]
 
     def _edits(self, parameter: str, adapters: list[str]) -> list[Edit]:
         """Return what some adapters do to a parameter, in their order."""
+        module = self.get_base_layer()
+        base = module._parameters[parameter]
         owner, parameter = self._tied.get(parameter, (self, parameter))
         holders = owner._held("child_tuning_values")
         edits = []
@@ -44,7 +50,9 @@ class ChildTuningLayer(AdapterHolder):
             values = None if holder is None else holder._parameters.get(parameter)
             if values is None:
                 continue
-            found = owner.decoded(adapter_name, parameter)
+            found = owner.decoded(adapter_name, parameter, base)  # type: ignore[arg-type]  # as its delta, it is there
+            if "_hf_hook" in module.__dict__:  # an offloaded base comes to its execution device, the delta does not
+                values = values.to(found.device)
             if (rule := found.resampled) is None:
                 edits.append(Edit(values, found.indices, hull=found.hull))
                 continue
@@ -99,21 +107,25 @@ class ChildTuningLayer(AdapterHolder):
             return getattr(base, parameter)
         if self._disable_adapters and self.merged:
             self.unmerge()
-        if self._disable_adapters or self.merged:
-            return self.base_parameter(parameter)
         owner = self._tied.get(parameter, (self, parameter))[0]
-        for adapter_name in self.active_adapters:
+        working = [] if self._disable_adapters or self.merged else self.active_adapters
+        for adapter_name in working:
             owner.resolve_pending(adapter_name, may_be_empty=True)
-        ready = [name for name in self.active_adapters if owner.has_child(name) and name not in owner._pending]
-        edits = self._edits(parameter, ready)
-        return self.composed(parameter, edits) if edits else self.base_parameter(parameter)
+        with onloaded(self):
+            ready = [name for name in working if owner.has_child(name) and name not in owner._pending]
+            edits = self._edits(parameter, ready)
+            return self.composed(parameter, edits) if edits else self.base_parameter(parameter)
 
     def _merge_plan(self, adapter_name: str) -> Iterator[tuple[str, Tensor | None, Tensor]]:
         self._require_child(adapter_name)
         for parameter in self.covered:
             values = self._values(adapter_name).get(parameter)
             if values is not None:
-                yield parameter, self.decoded(adapter_name, parameter).indices, values.detach()
+                yield (
+                    parameter,
+                    self.decoded(adapter_name, parameter, self.base_parameter(parameter)).indices,
+                    values.detach(),
+                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weights in place, at the child's positions only.
@@ -128,11 +140,12 @@ class ChildTuningLayer(AdapterHolder):
         """
         before = list(self.merged_adapters)
         self._compose_cache.clear()
-        with _onloaded(self):
+        with onloaded(self, writes=True):
             try:
                 for adapter_name in check_adapters_to_merge(self, adapter_names):
                     if any(adapter_name in owner.child_tuning_values for owner in self._owners()):
                         self._merge_one(adapter_name, safe_merge)
+                follow_tied_(self)
             except BaseException:
                 self.unmerge_to(before)
                 raise
@@ -162,13 +175,14 @@ class ChildTuningLayer(AdapterHolder):
         """Undo the last merges until only `remaining` are left."""
         if len(self.merged_adapters) <= len(remaining):
             return
-        with _onloaded(self):
+        with onloaded(self, writes=True):
             while len(self.merged_adapters) > len(remaining):
                 adapter_name = self.merged_adapters[-1]
                 for parameter, indices, entries in self._replaced.get(adapter_name, []):
                     restore_(self.base_parameter(parameter), indices, entries)
                 self._replaced.pop(adapter_name, None)  # not before: if a restoration fails, nothing is lost
                 self.merged_adapters.pop()
+            follow_tied_(self)
 
     def unmerged_base(self, parameter: str, base: Tensor | None = None) -> Tensor:
         """Return a base tensor as it is without any merge: itself, or a copy if something is merged.
@@ -177,8 +191,13 @@ class ChildTuningLayer(AdapterHolder):
             parameter: its name in the base layer.
             base: the tensor to look at; None for the base layer's own (a gathered state dict may hold the whole of a
             shard).
+
+        Raises:
+            UnsupportedError: it is on the meta device.
         """
         weight = self.base_parameter(parameter).detach() if base is None else base
+        if weight.is_meta:
+            raise out_of_reach(f"{self.full_name(parameter)}: the base weight")
         if not self.merged:
             return weight
         weight = weight.clone()
@@ -218,13 +237,6 @@ class ChildTuningLayer(AdapterHolder):
     def __repr__(self) -> str:
         """Return the wrapped module's description under this method's name."""
         return "child_tuning." + super().__repr__()
-
-
-def _onloaded(layer: ChildTuningLayer) -> AbstractContextManager[None]:
-    """Return a context in which a layer's weights are on their device, if accelerate has offloaded them."""
-    base = layer.base_layer.__dict__
-    is_away = "_hf_hook" in base and any(p is not None and p.is_meta for p in base["_parameters"].values())
-    return onload_layer(layer) if is_away else nullcontext()
 
 
 def _is_traced() -> bool:

@@ -15,6 +15,7 @@ from ..seal import Sealed, seal_bytes, verify_seal
 from ..weights import Fingerprint, fingerprint
 from .install import covered_tensors, layers_of
 from .layer import ChildTuningLayer, child_layers
+from .offload import onloaded
 from .snapshot import Snapshot
 
 __all__ = ["PEFT_PREFIX", "PendingLoad", "begin_load", "head_tensors", "remove_adapter", "sealed_tensor"]
@@ -68,18 +69,19 @@ def sealed_tensor(
     values = empty if values is None else values.detach().cpu()
 
     def compute() -> Fingerprint:
-        base = layer.unmerged_base(parameter)
-        if not code.numel():
-            return fingerprint(base, torch.zeros(0, dtype=torch.int64))
-        try:
-            child = decode_child(code, shape=tuple(base.shape))
-        except FormatError as error:
-            raise type(error)(f"{name}: {error}") from error
-        if child.nnz != values.numel():
-            raise IntegrityError(
-                f"{name}: {values.numel()} values for {child.nnz} kept entries; fetch the file again."
-            )
-        return fingerprint(base, child.indices())
+        indices = torch.zeros(0, dtype=torch.int64)
+        if code.numel():
+            try:
+                child = decode_child(code, shape=tuple(layer.base_parameter(parameter).shape))
+            except FormatError as error:
+                raise type(error)(f"{name}: {error}") from error
+            if child.nnz != values.numel():
+                raise IntegrityError(
+                    f"{name}: {values.numel()} values for {child.nnz} kept entries; fetch the file again."
+                )
+            indices = child.indices()
+        with onloaded(layer):
+            return fingerprint(layer.unmerged_base(parameter), indices)
 
     return Sealed(code, values, compute)
 
@@ -135,6 +137,10 @@ class PendingLoad:
             layer._pending.pop(self.adapter_name, None)
             layer.child_tuning_seal._buffers.pop(self.adapter_name, None)
 
+    def postpone(self, seal: Tensor) -> None:
+        """Verify the adapter later, at the end of loading or at first use: nothing can be said about its base yet."""
+        next(iter(self._layers())).child_tuning_seal[self.adapter_name] = seal
+
     def finish(self) -> None:
         """Accept the adapter."""
         self._close()
@@ -176,16 +182,11 @@ class PendingLoad:
                 "never loaded; use `PeftModel.from_pretrained`, or set `config.child = None` to start a new adapter."
             )
         try:
-            children = {
-                name: sealed_tensor(
-                    name,
-                    layer,
-                    p,
-                    layer._code(self.adapter_name)._buffers.get(p),
-                    layer._values(self.adapter_name).get(p),
-                )
-                for name, layer, p in covered_tensors(self.root, self.adapter_name)
-            }
+            children = {}
+            for name, layer, p in covered_tensors(self.root, self.adapter_name):
+                with onloaded(layer):
+                    code = layer._code(self.adapter_name)._buffers.get(p)
+                    children[name] = sealed_tensor(name, layer, p, code, layer._values(self.adapter_name).get(p))
             heads = {name: tensor for name, (_, tensor) in head_tensors(self.root, self.adapter_name).items()}
             verify_seal(torch.zeros(0, dtype=torch.uint8) if seal is None else seal, children, heads)
         except BaseException:

@@ -19,6 +19,7 @@ from .install import install_children, layers_of, prepare_places
 from .layer import ChildTuningLayer, child_layers
 from .loading import PendingLoad, begin_load, remove_adapter
 from .modules import find_own_inputs, wrap
+from .offload import bring_in_
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
 from .selection import data_free_children
@@ -272,6 +273,7 @@ class ChildTuningModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        bring_in_(state_dict, model, adapter_name)
         saved = adapter_state_dict(model, config, adapter_name, state_dict)
         drop_base_weights_(state_dict, model)
         return saved

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedError
 from ..kernels import child_conv, child_linear, compose_parameter, plain_linear
 from .layer import ChildTuningLayer
+from .offload import forward_onloaded, must_onload
 from .targets import covered_names
 
 __all__ = ["Conv", "Linear", "Module", "find_own_inputs", "wrap"]
@@ -52,6 +53,8 @@ class Linear(ChildTuningLayer, nn.Module):
         if not adapters:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         base = self.get_base_layer()
+        if "_hf_hook" in base.__dict__ and must_onload(self, adapters):
+            return forward_onloaded(Linear.forward, self, x, *args, **kwargs)  # type: ignore[no-any-return]
         edits = self._edits("weight", adapters)
         bias_edits = self._edits("bias", adapters) if base.bias is not None else []
         if not edits and not bias_edits:
@@ -105,6 +108,8 @@ class Module(ChildTuningLayer, nn.Module):
         """Return the output with the active adapters' deltas on the weights: disabled, merged, then active."""
         adapters = self._adapters_of_forward(kwargs)
         base = self.get_base_layer()
+        if "_hf_hook" in base.__dict__ and must_onload(self, adapters):
+            return forward_onloaded(Module.forward, self, *args, **kwargs)
         composed = {}
         for name in covered_names(base) if adapters else ():
             if edits := self._edits(name, adapters):
@@ -146,6 +151,8 @@ class Conv(Module):
         if not is_plain or not torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_hooks(base):
             return super().forward(*args, **kwargs)
         adapters = self._adapters_of_forward(kwargs)
+        if "_hf_hook" in base.__dict__ and must_onload(self, adapters):
+            return forward_onloaded(Conv.forward, self, *args)
         if not adapters or not (edits := self._edits("weight", adapters)):
             return super().forward(*args)
         bias_edits = self._edits("bias", adapters) if base.bias is not None else []

@@ -16,6 +16,7 @@ from .config import ChildTuningConfig
 from .install import layers_of
 from .layer import ChildTuningLayer
 from .loading import head_tensors
+from .offload import onloaded
 from .sharding import sharding_of
 
 __all__ = ["adapter_state_dict", "drop_base_weights_"]
@@ -24,8 +25,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def _fingerprint(layer: ChildTuningLayer, adapter_name: str, parameter: str, base: Tensor | None) -> Fingerprint:
-    base = layer.unmerged_base(parameter, base)
-    return fingerprint(base, layer.indices_in(base, adapter_name, parameter))
+    with onloaded(layer):
+        base = layer.unmerged_base(parameter, None if base is None or base.is_meta else base)
+        return fingerprint(base, layer.indices_in(base, adapter_name, parameter))
 
 
 def _whole(key: str, tensor: Tensor, own: Tensor | None, sharding: str | None) -> Tensor:

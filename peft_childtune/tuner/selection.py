@@ -20,6 +20,7 @@ from ..sparse import ResampledUnits, SparseDelta, TensorChild, UnitGrid, select_
 from ..weights import sampled_digest
 from .config import ChildTuningConfig
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
+from .offload import onloaded, out_of_reach
 from .sharding import refuse_sharded
 from .shards import without_repeats
 from .steps import watch_optimizers
@@ -99,7 +100,10 @@ def _check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningCon
         return
     for name, layer, parameter in covered_tensors(model, adapter_name):
         layer.resolve_pending(adapter_name)
-        values = layer._values(adapter_name).get(parameter)
+        with onloaded(layer):
+            values = layer._values(adapter_name).get(parameter)
+        if values is not None and values.is_meta:
+            raise out_of_reach(f"{name}: the delta")
         if values is not None and bool(values.detach().any()):
             raise SelectionError(
                 f"{name}: adapter {adapter_name!r} has been trained already, and another child would throw its delta "

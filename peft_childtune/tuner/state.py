@@ -13,6 +13,7 @@ from ..codec import decode_child
 from ..errors import IntegrityError, UnsupportedError
 from ..kernels import Hull, hull_of
 from ..sparse import ResampledUnits, TensorChild
+from .offload import out_of_reach
 
 __all__ = ["ChildCode", "ChildValues", "Decoded"]
 
@@ -126,10 +127,7 @@ class ChildCode(nn.Module):
         if entry.is_of(code, device):
             return
         if device.type == "meta":
-            raise UnsupportedError(
-                f"{name}: the base weight is on the meta device, as accelerate leaves weights that it has offloaded. "
-                "Merge the adapter (`merge_adapter()`, which brings them in), or keep adapted modules on a device."
-            )
+            raise out_of_reach(f"{name}: the base weight")
         with torch.inference_mode(False):  # kept for training, which cannot save an inference tensor
             child = self.child_of(code, shape, name)
             entry.indices = entry.resampled = entry.hull = None

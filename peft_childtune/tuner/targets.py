@@ -40,7 +40,9 @@ def unsupported_reason(module: nn.Module) -> str | None:
         return "hands its weights to one fused call over all time steps; adapt other modules"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return "rewrites its own weights in every forward (max_norm); the base would not stay frozen"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's only moves tensors
+    own_forward = vars(module).get("forward")
+    is_foreign = own_forward is not None and getattr(own_forward, "__func__", None) is not type(module).forward
+    if is_foreign and not hasattr(module, "_hf_hook"):  # accelerate's only moves tensors, and is undone by the class's
         return "has a forward of its own set on the instance, which knows no delta; remove it or adapt other modules"
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..errors import TargetError
@@ -23,6 +25,17 @@ def _parents(model: nn.Module, target: nn.Module) -> list[tuple[nn.Module, str]]
     ]
 
 
+def _identities(model: nn.Module) -> dict[int, int]:
+    """Return the identity of the weight that an offloaded one is tied to: accelerate has parted them."""
+    named = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    tied = getattr(model, "all_tied_weights_keys", {})  # transformers' names of the weights that follow another one
+    pairs = [(named[name], named[other]) for name, other in tied.items() if name in named and other in named]
+    return {id(follower): id(leader) for follower, leader in pairs if follower.is_meta or leader.is_meta}
+
+
 def tie_layers(model: nn.Module, adapter_name: str) -> None:
     """Let every module that shares a covered parameter use the one child of it.
 
@@ -33,13 +46,18 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
         TargetError: a module that shares a covered parameter cannot be wrapped.
     """
     leaders: dict[int, tuple[AdapterHolder, str]] = {}
+    same = _identities(model)
+
+    def identity(parameter: Any) -> int:
+        return same.get(id(parameter), id(parameter))
+
     layers = child_layers(model)
     for layer in layers:  # who serves a weight stays so: earlier adapters have their children there
-        leaders |= {id(layer.base_parameter(name)): leader for name, leader in layer._tied.items()}
+        leaders |= {identity(layer.base_parameter(name)): leader for name, leader in layer._tied.items()}
     inner = {id(m) for layer in layers for m in layer.get_base_layer().modules()}
     for layer in layers:
         for name in covered_names(layer.get_base_layer()):
-            leader = leaders.setdefault(id(layer.base_parameter(name)), (layer, name))
+            leader = leaders.setdefault(identity(layer.base_parameter(name)), (layer, name))
             if leader[0] is not layer:
                 layer._tied[name] = leader
                 if adapter_name in layer.child_tuning_code and adapter_name not in leader[0].child_tuning_code:
@@ -47,17 +65,17 @@ def tie_layers(model: nn.Module, adapter_name: str) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, ChildTuningLayer) or id(module) in inner:
             continue
-        shared = [name for name in covered_names(module) if id(module._parameters[name]) in leaders]
+        shared = [name for name in covered_names(module) if identity(module._parameters[name]) in leaders]
         if not shared or "modules_to_save" in path.split(".") or "original_module" in path.split("."):
             continue
         parents = _parents(model, module)
         if not parents or (reason := unsupported_reason(module)) is not None:
             reason = "is the model itself" if not parents else reason
-            owner, name = leaders[id(module._parameters[shared[0]])]
+            owner, name = leaders[identity(module._parameters[shared[0]])]
             raise TargetError(f"{path}: shares `{shared[0]}` with {owner.full_name(name)}, but {reason}.")
         follower = wrap(module, path)
         follower._active_adapter = next(iter(layers)).active_adapters
-        follower._tied = {name: leaders[id(module._parameters[name])] for name in shared}
+        follower._tied = {name: leaders[identity(module._parameters[name])] for name in shared}
         follower.train(module.training)
         for parent, slot in parents:
             parent._modules[slot] = follower
