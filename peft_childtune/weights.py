@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 from .errors import UnsupportedError
 from .sparse import compose_entries
 
-__all__ = ["FINGERPRINT_BYTES", "Fingerprint", "digest", "fingerprint", "matches", "merge_", "restore_"]
+__all__ = [
+    "FINGERPRINT_BYTES",
+    "Fingerprint",
+    "digest",
+    "fingerprint",
+    "matches",
+    "merge_",
+    "restore_",
+    "sampled_digest",
+]
 
 SAMPLES = 1024  # untouched positions per tensor that a fingerprint looks at, evenly spaced
 FINGERPRINT_BYTES = 25  # one dtype code, then three hashes of 8 bytes
@@ -93,6 +103,26 @@ def digest(name: str, *tensors: Tensor) -> bytes:
     return state.digest()
 
 
+def sampled_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return 32 hexadecimal digits that depend on names, sizes and an even sample of the entries of some tensors.
+
+    Example:
+        >>> sampled_digest({"w": torch.ones(3)}) == sampled_digest({"w": torch.ones(3) + 1e-6})
+        False
+    """
+    state = xxhash.xxh3_128()
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            state.update(name.encode())
+            continue
+        state.update(digest(f"{name} {tuple(tensor.shape)}", _sample(tensor.detach().reshape(-1))))
+    return state.hexdigest()
+
+
+def _sample(flat: Tensor) -> Tensor:
+    return flat[:: max(1, -(-flat.numel() // SAMPLES))]
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """Hashes of the sampled entries of one base tensor, in its own dtype and as rounded to the other two.
@@ -130,8 +160,7 @@ def fingerprint(base: Tensor, indices: Tensor) -> Fingerprint:
         False
     """
     flat = base.detach().reshape(-1)
-    sample = torch.arange(0, flat.numel(), max(1, -(-flat.numel() // SAMPLES)), device=flat.device)
-    entries = torch.cat([flat[indices.to(flat.device)], flat[sample]]).cpu()
+    entries = torch.cat([flat[indices.to(flat.device)], _sample(flat)]).cpu()
     wide = torch.promote_types(entries.dtype, torch.float32)
     hashes = [xxhash.xxh3_64_intdigest(_raw(entries.to(dtype))) for dtype in (wide, torch.bfloat16, torch.float16)]
     return Fingerprint(_CODES[base.dtype], (hashes[0], hashes[1], hashes[2]))

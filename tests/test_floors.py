@@ -15,15 +15,16 @@ _FILES = sorted(_PACKAGE.rglob("*.py"))
 # what each part may import, beside itself and `errors`
 _BELOW = {
     "errors": set(),
+    "ranks": set(),
     "sparse": set(),
     "codec": {"sparse"},
     "kernels": {"sparse"},
-    "scores": {"sparse", "codec", "kernels"},
+    "scores": {"ranks", "sparse", "codec", "kernels"},
     "files": {"sparse", "codec", "kernels"},
     "weights": {"sparse", "codec", "kernels"},
     "network": {"sparse", "codec", "kernels", "scores", "files", "weights"},
     "seal": {"sparse", "codec", "kernels", "scores", "files", "weights"},
-    "tuner": {"sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal"},
+    "tuner": {"ranks", "sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal"},
 }
 
 

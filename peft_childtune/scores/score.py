@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_childtune.errors import ScoreError
+from peft_childtune.ranks import agree, failing_together, is_first_rank, sum_over_ranks_
 from peft_childtune.scores.batch import detached_to, loss_of
 from peft_childtune.scores.batchwise import BatchFisher, BatchGradients, MeanGradient
 from peft_childtune.scores.fisher import PerExampleFisher
@@ -43,6 +44,9 @@ def score_parameters(
     The pass runs in eval mode (with dropout, two passes disagree on a tenth of a Fisher child), sums up in fp32, and
     leaves the model as it found it: flags, gradients, hooks and random state, also when it fails.
 
+    With several processes (torch.distributed) this is a collective: each scores the batches of its own dataloader,
+    which may be of different lengths or even empty, and gets the scores of all batches together.
+
     Args:
         model: any module; `model(**batch)` returns a loss, or `loss_fn` computes one.
         parameters: name to parameter, anywhere in `model`, trainable or not.
@@ -51,16 +55,17 @@ def score_parameters(
             batches of one; an example of which every label is ignored adds nothing and counts.
             `fisher_batch`, mean over batches of the squared batch gradient, the authors' estimate.
             `gradient`, absolute value of the mean gradient.
-        num_batches: read at most so many batches; None reads all.
+        num_batches: read at most so many batches, in each process; None reads all.
         loss_fn: takes the model and a batch, returns a scalar.
         scores_device: where the sums are kept, 4 bytes a weight: `"cpu"` leaves an accelerator with one gradient at a
             time. None keeps each beside its parameter.
-        show_progress: show a progress bar.
+        show_progress: show a progress bar, in the first process.
 
     Returns:
         The scores, fp32, by the same names as `parameters`, and what they were computed from.
 
     Raises:
+        SelectionError: another process has failed.
         ScoreError: there are no batches; the loss is missing, not one number, not finite, or depends on none of the
             parameters; a score is not finite; or gradients are impossible here.
 
@@ -83,43 +88,74 @@ def score_parameters(
         raise ScoreError(
             f"dataloader is a {type(dataloader).__name__}, not an iterable of batches; pass a DataLoader, or a list."
         )
-    model = _unwrapped(model)
-    distinct = _distinct(model, parameters)
-    device = next(parameter.device for parameter in model.parameters())
-    kept_on = None if scores_device is None else torch.device(scores_device)
-    with preserved(model, device):
+    with failing_together():  # nobody waits below for a process that has failed
+        distinct = _distinct(_unwrapped(model), parameters)
+        scorer, tally = _pass(
+            _unwrapped(model),
+            distinct,
+            dataloader,
+            score=score,
+            num_batches=num_batches,
+            loss_fn=loss_fn,
+            device=None if scores_device is None else torch.device(scores_device),
+            show_progress=show_progress and is_first_rank(),
+        )
+    agree(f"{score} of {len(distinct)} tensors", what="all have to score the same parameters.")
+    for total in (*scorer.sums.values(), tally):
+        sum_over_ranks_(total)
+    num_examples, batches_read, loss, counted = tally.tolist()
+    if not batches_read:
+        used_up = " (it is an iterator, which can be read only once)" if isinstance(dataloader, Iterator) else ""
+        raise ScoreError(f"The dataloader yields no batch{used_up}; scores need data.")
+    if not counted:
+        raise ScoreError(f"No label counts towards the loss in any of {num_examples:g} examples; look at the labels.")
+    means = scorer.means(num_examples=int(num_examples), num_batches=int(batches_read))
+    _check_not_all_zero(means)
+    names = {id(parameter): name for name, parameter in distinct.items()}
+    return ScoreResult(
+        scores={name: means[names[id(parameter)]] for name, parameter in parameters.items()},
+        num_examples=int(num_examples),
+        num_batches=int(batches_read),
+        loss=loss / counted,
+    )
+
+
+def _pass(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    dataloader: Iterable[Any],
+    *,
+    score: str,
+    num_batches: int | None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+    device: torch.device | None,
+    show_progress: bool,
+) -> tuple[PerExampleFisher | BatchGradients, Tensor]:
+    """Score this process's share of the data.
+
+    Returns:
+        What has added it up; and float64 `(4,)`: examples, batches, the losses' sum over examples that have one, and
+        how many have.
+    """
+    home = next(parameter.device for parameter in model.parameters())
+    tally = torch.zeros(4, dtype=torch.float64)
+    with preserved(model, home):
 
         def loss_of_batch(batch: Any, index: int) -> Tensor:
             return loss_of(model, batch, loss_fn=loss_fn, index=index)
 
         scorer: PerExampleFisher | BatchGradients
         if score == "fisher":
-            scorer = PerExampleFisher(model, distinct, loss_of_batch, device=kept_on)
+            scorer = PerExampleFisher(model, parameters, loss_of_batch, device=device)
         else:
-            scorer = _BATCHWISE[score](distinct, loss_of_batch, device=kept_on)
-        num_examples, index, losses = 0, -1, []
+            scorer = _BATCHWISE[score](parameters, loss_of_batch, device=device)
         batches = _batches(dataloader, num_batches, title=_TITLES[score] if show_progress else None)
         for index, batch in enumerate(batches):
-            size, loss = scorer.add(detached_to(batch, device), index)
-            num_examples += size
-            losses.append((loss, size))
+            size, loss = scorer.add(detached_to(batch, home), index)
+            tally += torch.tensor([size, 1, 0, 0] if math.isnan(loss) else [size, 1, loss * size, size])
             if index == 0 and not math.isnan(loss):  # at once, not after a pass over all the data
                 _check_not_all_zero(scorer.sums)
-    if index < 0:
-        used_up = " (it is an iterator, which can be read only once)" if isinstance(dataloader, Iterator) else ""
-        raise ScoreError(f"The dataloader yields no batch{used_up}; scores need data.")
-    means = scorer.means(num_examples=num_examples, num_batches=index + 1)
-    counted = [(loss, size) for loss, size in losses if not math.isnan(loss)]
-    if not counted:
-        raise ScoreError(f"No label counts towards the loss in any of {num_examples} examples; look at the labels.")
-    _check_not_all_zero(means)
-    names = {id(parameter): name for name, parameter in distinct.items()}
-    return ScoreResult(
-        scores={name: means[names[id(parameter)]] for name, parameter in parameters.items()},
-        num_examples=num_examples,
-        num_batches=index + 1,
-        loss=sum(loss * size for loss, size in counted) / sum(size for _, size in counted),
-    )
+    return scorer, tally
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -149,9 +149,7 @@ class AdapterHolder(BaseTunerLayer):
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _count_steps(self, adapter_name: str, parameter: str) -> None:
         """Let the optimizer steps of a resampled child count: `torch.compile` asks for it while it traces."""
-        values = self._values(adapter_name).get(parameter)
-        assert values is not None  # it is about to be trained
-        count_steps(values, self._code(adapter_name), parameter)
+        count_steps(self._values(adapter_name), self._code(adapter_name), parameter)
 
     def _owners(self) -> list[AdapterHolder]:
         """Return the layers whose children act on this one: itself, and those that serve its tied parameters."""

@@ -22,6 +22,7 @@ from .modules import find_own_inputs, wrap
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
 from .selection import data_free_children
+from .sharding import keep_codes_out_of_ddp
 from .snapshot import Snapshot
 from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
@@ -93,6 +94,7 @@ class ChildTuningModel(BaseTuner):
             if config.child is not None or config.inference_mode:
                 pending = PendingLoad(adapter_name, model, self.peft_config, before, sized=config.child is not None)
                 begin_load(pending, by_peft_model=self._by_peft_model)
+            keep_codes_out_of_ddp(model)
         except BaseException:
             remove_adapter(model, adapter_name, dict(self.peft_config))
             before.restore_()

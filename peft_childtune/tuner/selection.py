@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError, TargetError
 from ..network import ChildNetwork
+from ..ranks import agree, failing_together, is_first_rank
 from ..scores import magnitude_scores, score_parameters
 from ..sparse import ResampledUnits, SparseDelta, TensorChild, UnitGrid, select_children, select_random_children
+from ..weights import sampled_digest
 from .config import ChildTuningConfig
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
+from .sharding import refuse_sharded
+from .shards import without_repeats
 from .steps import watch_optimizers
 from .targets import block_names, block_of
 
@@ -57,9 +61,9 @@ def _groups(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     found = {name: layer.base_parameter(parameter) for name, layer, parameter in covered_tensors(model, adapter_name)}
     for name, parameter in found.items():
-        if parameter.is_meta or type(parameter.data).__name__ == "DTensor" or parameter.numel() == 0:
+        if parameter.is_meta or parameter.numel() == 0:
             raise TargetError(
-                f"{name}: the base weight is on the meta device or sharded, so it cannot be scored; choose the child "
+                f"{name}: the base weight is on the meta device, or empty, so it cannot be scored; choose the child "
                 "on the whole model first and pass it here: select_child_network(model, "
                 "network=ChildNetwork.load(path))."
             )
@@ -135,23 +139,31 @@ def select_child_network(
     Scores are taken on the base model, all adapters off, in eval mode; every flag and gradient is put back.
     Make the optimizer afterwards: one that was made before does not hold the child's deltas.
 
+    With several processes this is a collective: call it on every one, before the model is wrapped for training (before
+    `accelerator.prepare`). Each scores its share of the data: a dataloader that accelerate or Trainer has prepared.
+    (The whole of the data on every process gives the same child, only later.) The sums are added up, every example
+    counting once, and every process installs the same child: the one that a single process would choose, except that
+    scores which agree to float32 rounding may change places, as their sums are taken in another order. Equal scores
+    are taken in the order of tensors and positions.
+
     Args:
         model: a model with a `ChildTuningConfig` adapter that has not been trained yet.
         dataloader: batches for `model(**batch).loss`, or for `loss_fn`; needed by the scores that look at data.
         network: a child network, or the path of one, to be used instead of choosing.
-        num_batches: look at so many batches only; None for all.
+        num_batches: look at so many batches only, on each process; None for all.
         loss_fn: called as `loss_fn(model, batch)`; returns the mean loss of the batch.
         adapter_name: whose child.
         scores_device: where the scores are kept, 4 bytes for each covered weight; `"cpu"` where an accelerator has no
             room for them. None keeps each beside its weight.
-        show_progress: show a progress bar.
+        show_progress: show a progress bar, on the first process.
 
     Returns:
         The child network, with one entry per covered base tensor.
 
     Raises:
-        SelectionError: no such adapter, no dataloader where one is needed, or an adapter that is merged or trained
-        already.
+        SelectionError: no such adapter, no dataloader where one is needed, an adapter that is merged or trained
+        already, a model that is wrapped already, or processes that differ or of which one has failed.
+        UnsupportedError: the model's weights are divided among processes already.
         ScoreError: the data give no finite loss or score.
         BudgetError: the density keeps nothing.
         DeltaError: `network` does not fit the model.
@@ -168,64 +180,85 @@ def select_child_network(
 
     Source: Child-Tuning-D, Xu et al. 2021 (arXiv:2109.05687), section 3.2.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise SelectionError(
-            "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "
-            "select_child_network before wrapping (before `accelerator.prepare`), on every process with the same data."
-        )
-    model = _unwrapped(model)
-    config = _config_of(model, adapter_name)
-    _check_untrained(model, adapter_name, config)
     if isinstance(dataloader, str | os.PathLike | ChildNetwork):
         raise ConfigError("dataloader: a child network goes to `network`: select_child_network(model, network=...).")
-    record: dict[str, Any] = {"torch_seed": torch.initial_seed()}
-    if network is not None:
-        if dataloader is not None:
-            raise ConfigError(
-                "network: a given child is used as it is; pass either a dataloader or a network, not both."
+    with failing_together():
+        _check_whole(model)
+        model = _unwrapped(model)
+        config = _config_of(model, adapter_name)
+        _check_untrained(model, adapter_name, config)
+    agree(sampled_digest(dict(model.named_parameters())), what=_DIFFERENT_MODELS)
+    with failing_together():
+        if network is not None:
+            children = _given(network, dataloader)
+            how: dict[str, Any] = {"source": "given"}
+        elif not config.needs_data:
+            children = data_free_children(model, adapter_name, config)
+            how = {"source": "random" if config.mode == "task_free" else config.score}
+        else:
+            if dataloader is None:
+                raise SelectionError(
+                    f'score="{config.score}" looks at data: call select_child_network(model, dataloader); '
+                    '"magnitude" and "random" do not.'
+                )
+            with _Disabled(model):
+                result = score_parameters(
+                    model,
+                    _parameters(model, adapter_name),
+                    without_repeats(dataloader),
+                    score=config.score,
+                    num_batches=num_batches,
+                    loss_fn=loss_fn,
+                    scores_device=scores_device,
+                    show_progress=show_progress,
+                )
+            children = select_children(
+                result.scores,
+                grids=grids_of(model, adapter_name, config),
+                density=config.density,
+                scope=config.scope,
+                groups=_groups(model, result.scores),
             )
-        network = network if isinstance(network, ChildNetwork) else ChildNetwork.load(network)
-        children: Mapping[str, TensorChild] = network.children
-        record["source"] = "given"
-    elif not config.needs_data:
-        children = data_free_children(model, adapter_name, config)
-        record["source"] = "random" if config.mode == "task_free" else config.score
-    else:
-        if dataloader is None:
-            raise SelectionError(
-                f'score="{config.score}" looks at data: call select_child_network(model, dataloader); "magnitude" '
-                'and "random" do not.'
-            )
-        with _Disabled(model):
-            result = score_parameters(
-                model,
-                _parameters(model, adapter_name),
-                dataloader,
-                score=config.score,
-                num_batches=num_batches,
-                loss_fn=loss_fn,
-                scores_device=scores_device,
-                show_progress=show_progress,
-            )
-        children = select_children(
-            result.scores,
-            grids=grids_of(model, adapter_name, config),
-            density=config.density,
-            scope=config.scope,
-            groups=_groups(model, result.scores),
-        )
-        record |= {"source": config.score, "examples": result.num_examples, "loss": result.loss}
-        del result  # the scores, as large as the covered weights in fp32
-    install_children(model, adapter_name, children, config=config)
+            how = {"source": config.score, "examples": result.num_examples, "loss": result.loss}
+            del result  # the scores, as large as the covered weights in fp32
+        install_children(model, adapter_name, children, config=config)
+        chosen = get_child_network(model, adapter_name)
+    agree(f"child {chosen.digest()}", what="the processes chose different children, so none of them can be trained.")
     layers = layers_of(model, adapter_name).values()
     deltas = [
         values for layer in layers for values in layer._values(adapter_name).parameters() if values.requires_grad
     ]
     watch_optimizers(model, deltas, adapter_name)
-    chosen = get_child_network(model, adapter_name)
-    config.selection = {**record, "digest": chosen.digest()}
-    logger.info("%s", selection_report(model, adapter_name))
+    config.selection = {"torch_seed": torch.initial_seed(), **how, "digest": chosen.digest()}
+    if is_first_rank():
+        logger.info("%s", selection_report(model, adapter_name))
     return chosen
+
+
+_DIFFERENT_MODELS = (
+    "the model's weights are not the same on all processes; build it from the same checkpoint, and with the same seed "
+    "for a new head: transformers.set_seed(0) before `from_pretrained`."
+)
+
+
+def _check_whole(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise SelectionError(
+            "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "
+            "select_child_network before wrapping (before `accelerator.prepare`), on every process."
+        )
+    refuse_sharded(
+        model,
+        what="select_child_network",
+        instead="choose the child before the model is wrapped (before `accelerator.prepare`), or on one machine, and "
+        "pass it in before wrapping: select_child_network(model, network=ChildNetwork.load(path)).",
+    )
+
+
+def _given(network: ChildNetwork | str | os.PathLike[str], dataloader: Any) -> Mapping[str, TensorChild]:
+    if dataloader is not None:
+        raise ConfigError("network: a given child is used as it is; pass either a dataloader or a network, not both.")
+    return (network if isinstance(network, ChildNetwork) else ChildNetwork.load(network)).children
 
 
 def get_child_network(model: nn.Module, adapter_name: str = "default") -> ChildNetwork:

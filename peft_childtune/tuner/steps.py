@@ -13,37 +13,43 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codec import advance_step_
 from ..errors import SelectionError
-from .state import ChildCode
+from .state import ChildCode, ChildValues
 
 __all__ = ["count_steps", "refuse_steps_on", "watch_optimizers"]
 
-# The parameters whose steps count, and where. Filled in the forward: parameters are exchanged by `.to`, by sharding,
-# by copies.
-_COUNTED: Any = WeakTensorKeyDictionary()
+# The codes in which steps are counted, and the holders of their deltas. These are asked for the parameters at each step:
+# `.to`, copies and sharding exchange them, and FSDP2 puts other ones there for the forward than an optimizer holds.
+_COUNTED: weakref.WeakKeyDictionary[ChildCode, tuple[weakref.ref[ChildValues], set[str]]] = weakref.WeakKeyDictionary()
 _HOOK: list[Any] = []
 _REPLACED: Any = WeakTensorKeyDictionary()
 _WATCHED: Any = WeakTensorKeyDictionary()
 _GUARD: list[Any] = []
 
 
-def count_steps(values: nn.Parameter, code: ChildCode, parameter: str) -> None:
-    """Advance the step counter in a coded child by one whenever an optimizer has stepped on `values`."""
+def count_steps(holder: ChildValues, code: ChildCode, parameter: str) -> None:
+    """Advance the step counter in a coded child by one whenever an optimizer has stepped on its delta."""
     if not _HOOK:
         _HOOK.append(register_optimizer_step_post_hook(_after_step))
-    _COUNTED[values] = (weakref.ref(code), parameter)
+    found = _COUNTED.get(code)
+    if found is None or found[0]() is not holder:
+        found = _COUNTED[code] = (weakref.ref(holder), set())
+    found[1].add(parameter)
 
 
 @torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if not _COUNTED:
+        return
     # A gradient scaler that found an overflow calls no step at all, except for fused optimizers: those step, and
     # skip inside.
     skipped: Tensor | None = getattr(optimizer, "found_inf", None)
-    for group in optimizer.param_groups:
-        for values in group["params"]:
-            if (found := _COUNTED.get(values)) is None or (code := found[0]()) is None:
-                continue
-            buffer = code.get(found[1])
-            advance_step_(buffer, 1 if skipped is None else (1 - skipped).to(torch.int64).to(buffer.device))
+    stepped = {id(values) for group in optimizer.param_groups for values in group["params"]}
+    for code, (holder, names) in list(_COUNTED.items()):
+        if (present := holder()) is None:
+            continue
+        for parameter in names:
+            if id(present.get(parameter)) in stepped and (buffer := code._buffers.get(parameter)) is not None:
+                advance_step_(buffer, 1 if skipped is None else (1 - skipped).to(torch.int64).to(buffer.device))
 
 
 def refuse_steps_on(values: nn.Parameter) -> None:
