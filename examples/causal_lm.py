@@ -25,7 +25,7 @@ import assets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from launching import add_flags, make_accelerator
+from accelerated import add_flags, make_accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -120,10 +120,10 @@ def train(accelerator: Accelerator, model: nn.Module, rows: Tensor, args: argpar
                 optimizer.zero_grad()
             if not accelerator.sync_gradients or accelerator.optimizer_step_was_skipped:
                 continue
-            schedule.step()
             step += 1
             mean_loss = accelerator.reduce(loss.detach(), "mean").item()
             accelerator.log({"loss": mean_loss, "learning rate": schedule.get_last_lr()[0]}, step=step)
+            schedule.step()
             if step == 1 or step % 10 == 0 or step == args.steps:
                 accelerator.print(f"  step {step}/{args.steps}: loss {mean_loss:.3f}", flush=True)
             if step == args.steps:

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from accelerated import add_flags, make_accelerator
 from data import Rows, load_rows, tokenize, train_test
-from launching import add_flags, make_accelerator
 from peft import get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -191,12 +191,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator, rows: tuple[Rows, Ro
                 optimizer.step()
                 optimizer.zero_grad()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-                schedule.step()
                 step += 1
-                if args.log_with:
-                    mean_loss = accelerator.reduce(loss.detach(), "mean").item()
-                    rate = schedule.get_last_lr()[0]
-                    accelerator.log({f"seed {seed}/loss": mean_loss, f"seed {seed}/learning rate": rate}, step=step)
+                mean_loss = accelerator.reduce(loss.detach(), "mean").item()
+                rate = schedule.get_last_lr()[0]
+                accelerator.log({f"seed {seed}/loss": mean_loss, f"seed {seed}/learning rate": rate}, step=step)
+                schedule.step()
 
     model.eval()
     predictions, targets = [], []
