@@ -152,14 +152,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Choose a child, train it, save it, load it, and print the perplexities."""
-    args = parser().parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft 0.21
     start = time.perf_counter()
-    accelerator = make_accelerator(args, "causal_lm")
     with accelerator.main_process_first():  # one process downloads, the others find the files
         name = args.model or str(assets.smollm2_dir())
         texts = read_texts(args.text)
@@ -204,6 +199,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not math.isclose(reloaded, after, rel_tol=0.0 if accelerator.num_processes == 1 else 1e-2):
             raise SystemExit("the reloaded adapter gives another perplexity: please report this as a bug")
         print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    args = parser().parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft 0.21
+    accelerator = make_accelerator(args, "causal_lm")
+    run(args, accelerator)
+    accelerator.free_memory()  # a wrapped model that outlives its process group may hang when it is freed at last
     accelerator.end_training()
 
 
