@@ -73,7 +73,17 @@ def _present(weight: Tensor) -> Tensor:
             f"a weight of shape {tuple(weight.shape)} is on the meta device, as accelerate leaves weights that it has "
             "offloaded, so nothing can be merged into it; bring it in first."
         )
+    if is_sharded(weight):
+        raise UnsupportedError(
+            f"a weight of shape {tuple(weight.shape)} is divided among processes, so nothing can be merged into it; "
+            "save the adapter, and merge it into a base that one process has loaded."
+        )
     return weight.data
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this process holds only its part of a tensor (`DTensor`, as FSDP2 leaves parameters)."""
+    return type(tensor.data).__name__ == "DTensor"  # not by the class, whose import takes half a second
 
 
 def _place(weight: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -31,7 +31,9 @@ def _stand_in(base: nn.Module, parameters: dict[str, Any]) -> nn.Module:
     """
     stand_in = copy.copy(base)
     stand_in.__dict__["_parameters"] = parameters
-    stand_in.__dict__.pop("forward", None)  # one that was set on the instance is bound to the module itself
+    # a forward that was set on the instance is bound to the module itself; FSDP1 sets plain tensors of these names
+    for name in ("forward", *parameters):
+        stand_in.__dict__.pop(name, None)
     return stand_in
 
 

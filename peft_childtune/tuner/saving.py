@@ -8,13 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..errors import SelectionError
+from ..errors import SelectionError, UnsupportedError
+from ..ranks import rank
 from ..seal import Sealed, make_seal
-from ..weights import Fingerprint, fingerprint
+from ..weights import Fingerprint, fingerprint, is_sharded
 from .config import ChildTuningConfig
 from .install import layers_of
 from .layer import ChildTuningLayer
 from .loading import head_tensors
+from .sharding import sharding_of
 
 __all__ = ["adapter_state_dict", "drop_base_weights_"]
 
@@ -24,6 +26,20 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def _fingerprint(layer: ChildTuningLayer, adapter_name: str, parameter: str, base: Tensor | None) -> Fingerprint:
     base = layer.unmerged_base(parameter, base)
     return fingerprint(base, layer.indices_in(base, adapter_name, parameter))
+
+
+def _whole(key: str, tensor: Tensor, own: Tensor | None, sharding: str | None) -> Tensor:
+    """Return a tensor to be saved, detached; raise if it is but this process's part of a parameter."""
+    if is_sharded(tensor) or (
+        sharding is not None and own is not None and (not tensor.numel() or tensor.data_ptr() == own.data_ptr())
+    ):
+        raise UnsupportedError(
+            f"{key}: {sharding} has divided it among processes, and this one would save its part only. On every "
+            "process call `state = accelerator.get_state_dict(model)`, then on the first one "
+            "`accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)`; with Trainer set "
+            "`fsdp_state_dict_type: FULL_STATE_DICT`."
+        )
+    return tensor.detach()
 
 
 def adapter_state_dict(
@@ -41,8 +57,12 @@ def adapter_state_dict(
 
     Raises:
         SelectionError: the adapter has no child yet, or `state_dict` lacks its tensors.
+        UnsupportedError: they are divided among processes.
     """
+    if not state_dict and rank() > 0:  # a gathered state dict is empty on all processes but the first
+        return {}
     layers = layers_of(model, adapter_name)
+    sharding = sharding_of(model)
     out: dict[str, Tensor] = {}
     sealed: dict[str, Sealed] = {}
     layout: dict[str, list[int]] = {}
@@ -61,13 +81,18 @@ def adapter_state_dict(
                         f"{name}: the state dict to be saved lacks {values_key}; pass the model's whole state dict."
                     )
                 code = state_dict.get(code_key, layer._code(adapter_name).get(parameter))
-                values = state_dict[values_key].detach()
+                values = _whole(
+                    values_key, state_dict[values_key], layer._values(adapter_name).get(parameter), sharding
+                )
                 if config.save_dtype is not None:
                     values = values.to(_DTYPES[config.save_dtype])
                 out[code_key], out[values_key] = code, values
             layout[name] = [values.numel(), code.numel()]
             sealed[name] = Sealed(code, values, partial(_fingerprint, layer, adapter_name, parameter, base))
-    heads = {name: state_dict.get(key, tensor) for name, (key, tensor) in head_tensors(model, adapter_name).items()}
+    heads = {
+        name: _whole(key, state_dict.get(key, tensor), tensor, sharding)
+        for name, (key, tensor) in head_tensors(model, adapter_name).items()
+    }
     out[f"{next(iter(layers))}.child_tuning_seal.{adapter_name}"] = make_seal(sealed, heads)
     config.__dict__["_layout"] = layout
     return out

@@ -221,9 +221,10 @@ def select_child_network(
             )
             how = {"source": config.score, "examples": result.num_examples, "loss": result.loss}
             del result  # the scores, as large as the covered weights in fp32
-        install_children(model, adapter_name, children, config=config)
-        chosen = get_child_network(model, adapter_name)
+        chosen = ChildNetwork(children)
     agree(f"child {chosen.digest()}", what="the processes chose different children, so none of them can be trained.")
+    with failing_together():
+        install_children(model, adapter_name, children, config=config)
     layers = layers_of(model, adapter_name).values()
     deltas = [
         values for layer in layers for values in layer._values(adapter_name).parameters() if values.requires_grad
@@ -282,9 +283,13 @@ def get_deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, Spa
 
     Raises:
         SelectionError: there is no such adapter, or no child yet.
+        UnsupportedError: the model's weights are divided among processes.
     """
     model = _unwrapped(model)
     _config_of(model, adapter_name)
+    refuse_sharded(
+        model, what="get_deltas", instead="save the adapter and load it in one process (README, several processes)."
+    )
     return {
         name: layer.delta(adapter_name, parameter) for name, layer, parameter in covered_tensors(model, adapter_name)
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..weights import is_sharded
 from .layer import child_layers
 from .loading import PEFT_PREFIX
 
@@ -39,10 +40,10 @@ def sharding_of(model: nn.Module) -> str | None:
 
 
 def _divided_by(tensor: Tensor) -> str | None:
-    # by what they carry: importing either library here would take seconds, and one of them is optional
+    # by what they carry: DeepSpeed is optional, and slow to import
     if hasattr(tensor, "ds_id"):
         return "DeepSpeed ZeRO-3"
-    return "FSDP2" if type(tensor.data).__name__ == "DTensor" else None
+    return "FSDP2" if is_sharded(tensor) else None
 
 
 def refuse_sharded(model: nn.Module, *, what: str, instead: str) -> None:

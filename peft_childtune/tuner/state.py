@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,12 @@ __all__ = ["ChildCode", "ChildValues", "Decoded"]
 class ChildValues(nn.Module):
     """The deltas of one adapter on one layer: one 1-D parameter per base parameter of which anything was kept."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # PEFT's policy makes FSDP units of leaf modules with a trainable `weight`. Nobody calls this one's forward, so
+        # FSDP would never bring its parameters in: it must not be a leaf.
+        self.no_leaf = nn.Module()
+
     def get(self, parameter: str) -> nn.Parameter | None:
         """Return the delta of one base parameter, or None where nothing was kept."""
         return self._parameters.get(parameter)
@@ -33,6 +40,7 @@ class Decoded:
         version: of that buffer, then.
         device: of `indices`.
         indices: `(nnz,)`, flat positions, int32 where they fit: half the memory; None if `resampled`.
+        numel: of the base tensor.
         resampled: the rule of a child that has no fixed positions.
         hull: of the positions in a matrix; None for other shapes.
     """
@@ -40,6 +48,7 @@ class Decoded:
     code: Tensor | None = None
     version: int = 0
     device: torch.device | None = None
+    numel: int = 0
     indices: Tensor | None = None
     resampled: ResampledUnits | None = None
     hull: Hull | None = None
@@ -96,7 +105,13 @@ class ChildCode(nn.Module):
         if parameter not in self._buffers:
             return None
         self._decode(parameter, tuple(base.shape), base.device, name)
-        return self._decoded[parameter]
+        found = self._decoded[parameter]
+        if found.numel != base.numel():
+            raise UnsupportedError(
+                f"{name}: has {base.numel()} entries here and {found.numel} in whole: FSDP has divided it among "
+                "processes, and brings it in only during the model's own forward and backward."
+            )
+        return found
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _decode(self, parameter: str, shape: tuple[int, ...], device: torch.device, name: str) -> None:
@@ -119,7 +134,7 @@ class ChildCode(nn.Module):
                 entry.indices = child.indices(device=device).to(device, torch.int32 if fits else torch.int64)
                 entry.hull = hull_of(entry.indices, (shape[0], shape[1])) if len(shape) == 2 else None
         # filled in place: a trace that has seen the dict does not see new entries
-        entry.code, entry.version, entry.device = code, _version(code), device
+        entry.code, entry.version, entry.device, entry.numel = code, _version(code), device, math.prod(shape)
 
     @staticmethod
     def child_of(code: Tensor, shape: tuple[int, ...], name: str) -> TensorChild:

@@ -17,8 +17,8 @@ from .state import ChildCode, ChildValues
 
 __all__ = ["count_steps", "refuse_steps_on", "watch_optimizers"]
 
-# The codes in which steps are counted, and the holders of their deltas. These are asked for the parameters at each step:
-# `.to`, copies and sharding exchange them, and FSDP2 puts other ones there for the forward than an optimizer holds.
+# The codes in which steps are counted, and the holders of their deltas. These are asked for their parameters at each
+# step: `.to`, copies and sharding exchange them, and FSDP2's forward sees others than the optimizer holds.
 _COUNTED: weakref.WeakKeyDictionary[ChildCode, tuple[weakref.ref[ChildValues], set[str]]] = weakref.WeakKeyDictionary()
 _HOOK: list[Any] = []
 _REPLACED: Any = WeakTensorKeyDictionary()

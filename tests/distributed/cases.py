@@ -1,7 +1,6 @@
 """What the processes of one run do, by name: `python cases.py FOLDER NAME...` leaves what each found in FOLDER."""
 
-from __future__ import annotations
-
+# no lazy annotations: DDP looks at those of its hooks
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,15 +9,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from training import child_model, state_of, train, wrapped
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.utils.data import DataLoader
 
-from peft_childtune import get_child_network
+from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, select_child_network
+from tests.distributed.training import base_model, child_model, collate, place, rows, shard, state_of, train, wrapped
 
 CASES: dict[str, Callable[[Path], Any]] = {}
 
 
+def case(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    CASES[function.__name__] = function
+    return function
+
+
 def _trained(how: str | None, kind: str) -> Callable[[Path], Any]:
-    def case(folder: Path) -> dict[str, Any]:
+    def run(folder: Path) -> dict[str, Any]:
         model = child_model(kind)
         before = state_of(model)["frozen"]
         digest = get_child_network(model).digest()
@@ -26,12 +36,144 @@ def _trained(how: str | None, kind: str) -> Callable[[Path], Any]:
         train(model)
         return {"digest": digest, "before": before, **state_of(model)}
 
-    return case
+    return run
 
 
-for _how in (None, "ddp", "fsdp2"):
+for _how in (None, "ddp", "fsdp1", "fsdp2"):
     for _kind in ("d", "f_fixed", "f_resampled"):
         CASES[f"{_how or 'one'}_{_kind}"] = _trained(_how, _kind)
+
+
+def _error_of(call: Callable[[], object]) -> tuple[str, str]:
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", "nothing was raised"
+
+
+def _selectable(**options: Any) -> torch.nn.Module:
+    return get_peft_model(base_model(), ChildTuningConfig(task_type="SEQ_CLS", density=0.05, **options))
+
+
+@case
+def ddp_traffic(folder: Path) -> dict[str, Any]:
+    """Count the numbers that the gradients' exchange moves in a step, and the writes into coded children."""
+    model = child_model("d")
+    codes = [buffer for name, buffer in model.named_buffers() if ".child_tuning_code." in name]
+    versions = [code._version for code in codes]
+    ddp = wrapped(model, "ddp")
+    moved: list[int] = []
+
+    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        moved.append(bucket.buffer().numel())
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+    ddp.register_comm_hook(None, hook)
+    for batch in shard()[:2]:
+        ddp(**batch).loss.backward()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    written = sum(code._version - before for code, before in zip(codes, versions, strict=True))
+    return {"moved": sum(moved) / 2, "trained": trained, "writes": written, "codes": len(codes)}
+
+
+def _digest(loader: Any, score: str) -> str:
+    return select_child_network(_selectable(score=score), loader, show_progress=False).digest()
+
+
+@case
+def uneven_shards(folder: Path) -> dict[str, str]:
+    """Select from 23 examples that are divided in several uneven ways."""
+    rank, world = place()
+    whole = rows()[:23]
+    own = [collate(whole[i : i + 5]) for i in range(0, 23, 5)]
+    found = {}
+    for score in ("fisher", "gradient"):
+        found[f"{score} by batch"] = _digest(own[rank::world], score)
+        found[f"{score} all on the last"] = _digest(own if rank == world - 1 else [], score)
+    accelerator = Accelerator()  # starts again from the first examples to make the last batches even
+    for batch_size in (4, 5, 16):
+        prepared = accelerator.prepare(DataLoader(whole, batch_size, collate_fn=collate))
+        found[f"fisher prepared {batch_size}"] = _digest(prepared, "fisher")
+    return found
+
+
+@case
+def bar_on_the_first_process(folder: Path) -> None:
+    select_child_network(_selectable(), shard())
+
+
+@case
+def one_fails(folder: Path) -> list[tuple[str, str]]:
+    """Let one process of several meet a problem in different places."""
+    last = place()[0] == place()[1] - 1
+    poisoned = shard()
+    if last:
+        poisoned[-1] = {**poisoned[-1], "labels": torch.full_like(poisoned[-1]["labels"], 77)}  # no such class
+    network = get_child_network(_selectable(score="random", seed=place()[0]))
+    different = get_peft_model(base_model(seed=place()[0]), ChildTuningConfig(task_type="SEQ_CLS"))
+    return [
+        _error_of(lambda: select_child_network(_selectable(), poisoned, show_progress=False)),
+        _error_of(lambda: select_child_network(_selectable(), None if last else shard(), show_progress=False)),
+        _error_of(lambda: select_child_network(_selectable(), network=network)),
+        _error_of(lambda: select_child_network(different, shard(), show_progress=False)),
+    ]
+
+
+def _numbered(model: torch.nn.Module) -> None:
+    """Give every trained entry a value of its own, so that no part can stand for another."""
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter += torch.arange(1, parameter.numel() + 1).view(parameter.shape) * 1e-3 + number
+
+
+def _fsdp2_accelerator(**options: Any) -> Accelerator:
+    """Return an accelerator that shards over CPU processes, which accelerate itself leaves to accelerators."""
+    accelerator = Accelerator(cpu=True)
+    state = AcceleratorState()
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    settings = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["BertLayer"]}
+    settings |= {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings, **options)
+    return accelerator
+
+
+@case
+def fsdp2_saving(folder: Path) -> dict[str, Any]:
+    """Save an accelerate-prepared FSDP2 model, and go through its full and its sharded state dicts."""
+    accelerator = _fsdp2_accelerator()
+    model = child_model("d")
+    _numbered(model)
+    expected = state_of(model)["trained"]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert all(type(p.data).__name__ == "DTensor" for p in model.parameters())
+    direct = _error_of(lambda: model.save_pretrained(folder / "direct"))
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(folder / "full", state_dict=state)
+    for name in ("full", "sharded"):
+        options = StateDictOptions(full_state_dict=name == "full")
+        kept = {
+            key: value.clone() if isinstance(value, torch.Tensor) else value
+            for key, value in get_model_state_dict(model, options=options).items()
+        }
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.zero_()
+        set_model_state_dict(model, kept, options=options)
+        assert {k: torch.equal(v, expected[k]) for k, v in state_of(model)["trained"].items()} == dict.fromkeys(
+            expected, True
+        ), name
+    errors = {
+        "direct": direct,
+        "select": _error_of(lambda: select_child_network(model, shard())),
+        "network": _error_of(lambda: select_child_network(model, network=get_child_network(model))),
+        "deltas": _error_of(lambda: get_deltas(model)),
+        "merge": _error_of(model.merge_adapter),
+    }
+    return {"expected": expected, "errors": errors}
 
 
 def main(folder: Path, names: list[str]) -> None:

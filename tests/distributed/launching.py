@@ -32,7 +32,7 @@ def start(
         "WORLD_SIZE": str(processes),
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(_HERE), str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
         **(environment or {}),
     }
     running = [
@@ -51,7 +51,7 @@ def start(
         for process in running:
             process.kill()
     for process, text in zip(running, printed, strict=True):
-        assert process.returncode == 0, text
+        assert process.returncode == 0, f"exit status {process.returncode}:\n{text}"
     return printed
 
 

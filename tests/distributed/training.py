@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -77,6 +78,13 @@ def child_model(kind: str, *, seed: int = 0, **options: Any) -> nn.Module:
 def wrapped(model: nn.Module, how: str | None) -> nn.Module:
     if how == "ddp":
         return DistributedDataParallel(model)
+    if how == "fsdp1":
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=fsdp_auto_wrap_policy(model),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
     if how == "fsdp2":
         for layer in model.get_base_model().bert.encoder.layer:
             fully_shard(layer)
@@ -104,10 +112,14 @@ def train(model: nn.Module, *, steps: int = 5, parts: int = 2, fused: bool = Fal
             is_last = number == len(micro) - 1
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(is_last)
-            waits = model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext()
+            can_wait = isinstance(model, DistributedDataParallel | FullyShardedDataParallel) and not is_last
+            waits = model.no_sync() if can_wait else nullcontext()
             with waits:
                 (model(**batch).loss / len(micro)).backward()
-        nn.utils.clip_grad_norm_(trained, 0.5)
+        if isinstance(model, FullyShardedDataParallel):
+            model.clip_grad_norm_(0.5)
+        else:
+            nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -118,10 +130,17 @@ def full(tensor: Tensor) -> Tensor:
 
 def state_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return what was trained, what was not, and the coded children, whole."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    parameters = dict(model.named_parameters())
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return _state_of(model.module)
+    return _state_of(model.module if isinstance(model, DistributedDataParallel) else model)
+
+
+def _state_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in model.named_parameters()}
+    buffers = {name.replace("_fsdp_wrapped_module.", ""): b for name, b in model.named_buffers()}
     return {
         "trained": {name: full(p) for name, p in parameters.items() if p.requires_grad},
         "frozen": {name: full(p) for name, p in parameters.items() if not p.requires_grad},
-        "codes": {name: b.clone() for name, b in model.named_buffers() if ".child_tuning_code." in name},
+        "codes": {name: b.clone() for name, b in buffers.items() if ".child_tuning_code." in name},
     }

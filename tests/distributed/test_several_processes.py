@@ -1,0 +1,136 @@
+"""Selection and training in two and three real processes, against one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from peft_childtune.codec import read_step
+from tests.distributed.launching import run_cases
+from tests.distributed.training import base_model
+
+KINDS = ("d", "f_fixed", "f_resampled")
+HOW = ("ddp", "fsdp1", "fsdp2")
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    names = [*(f"one_{kind}" for kind in KINDS), "uneven_shards"]
+    return {name: found[0] for name, found in run_cases(names, 1, tmp_path_factory.mktemp("one")).items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[str, list[Any]]:
+    names = [*(f"{how}_{kind}" for how in HOW for kind in KINDS), "ddp_traffic", "uneven_shards", "one_fails"]
+    return run_cases([*names, "fsdp2_saving"], 2, folder)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return run_cases(["ddp_d", "fsdp2_d", "fsdp2_f_resampled", "uneven_shards"], 3, tmp_path_factory.mktemp("three"))
+
+
+@pytest.fixture(params=[(2, f"{how}_{kind}") for how in HOW for kind in KINDS], ids=lambda param: param[1])
+def runs(request: pytest.FixtureRequest) -> tuple[list[Any], str]:
+    return request.getfixturevalue("two")[request.param[1]], request.param[1].partition("_")[2]
+
+
+def _check_against_one(runs: list[Any], one: dict[str, Any]) -> None:
+    """Compare what several processes trained with what one trained on the same global batches.
+
+    1e-4: float32 sums in another order, of a few 1e-6 after five steps of Adam; a wrong gradient, clipping or mask is
+    off by orders of magnitude more.
+    """
+    for run in runs:
+        assert run["digest"] == one["digest"]
+        for name, values in run["trained"].items():
+            assert torch.equal(values, runs[0]["trained"][name]), name
+            error = float((values - one["trained"][name]).norm() / one["trained"][name].norm())
+            assert error < 1e-4, name
+
+
+def test_every_process_ends_with_the_deltas_that_one_process_trains(runs, one):
+    found, kind = runs
+    _check_against_one(found, one[f"one_{kind}"])
+
+
+@pytest.mark.parametrize("name", ["ddp_d", "fsdp2_d", "fsdp2_f_resampled"])
+def test_three_processes_do_too(name, three, one):
+    _check_against_one(three[name], one[f"one_{name.partition('_')[2]}"])
+
+
+def test_the_base_stays_as_it_was_in_every_process(runs):
+    for run in runs[0]:
+        assert all(torch.equal(value, run["before"][name]) for name, value in run["frozen"].items())
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_steps_of_a_resampled_child_are_counted_in_every_process(how, two):
+    for run in two[f"{how}_f_resampled"]:
+        assert {read_step(code) for code in run["codes"].values()} == {STEPS}
+
+
+def test_training_moved_the_deltas(one):
+    for kind in KINDS:
+        deltas = [values for name, values in one[f"one_{kind}"]["trained"].items() if "child_tuning" in name]
+        assert deltas and all(bool(values.any()) for values in deltas)
+
+
+def test_ddp_moves_a_number_for_each_trained_entry_and_never_writes_into_coded_children(two):
+    for run in two["ddp_traffic"]:
+        assert run["moved"] == run["trained"]
+        assert run["codes"] > 0 and run["writes"] == 0
+
+
+@pytest.mark.parametrize("processes", ["two", "three"])
+def test_uneven_shards_choose_the_child_of_one_process(processes, one, request):
+    for run in request.getfixturevalue(processes)["uneven_shards"]:
+        assert run == one["uneven_shards"]
+
+
+def test_all_stop_when_one_process_fails(two):
+    first, last = two["one_fails"]
+    assert last[0][0] == "IndexError" and last[1][0] == "SelectionError"
+    for (kind, message), (_, cause) in zip(first[:2], last[:2], strict=True):
+        assert kind == "SelectionError" and message.startswith("process 1 of 2 has failed") and cause in message
+
+
+def test_processes_that_hold_different_children_or_models_are_refused(two):
+    for run in two["one_fails"]:
+        assert run[2][0] == "SelectionError" and "chose different children" in run[2][1]
+        assert run[3][0] == "SelectionError" and "transformers.set_seed" in run[3][1]
+
+
+def test_a_gathered_fsdp2_adapter_is_complete(two, folder):
+    expected = two["fsdp2_saving"][0]["expected"]
+    loaded = PeftModel.from_pretrained(base_model(), folder / "full", is_trainable=True)
+    found = {name: parameter.detach() for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(values, expected[name]) for name, values in found.items())
+
+
+@pytest.mark.parametrize(
+    "call, advice",
+    [
+        ("direct", "accelerator.get_state_dict(model)"),
+        ("select", "before the model is wrapped"),
+        ("network", "before the model is wrapped"),
+        ("deltas", "load it in one process"),
+        ("merge", "a base that one process has loaded"),
+    ],
+)
+def test_what_needs_whole_weights_says_so_on_a_sharded_model(call, advice, two, folder):
+    for run in two["fsdp2_saving"]:
+        kind, message = run["errors"][call]
+        assert kind == "UnsupportedError" and "divided" in message and advice in message
+    assert not list((folder / "direct").glob("*.safetensors"))
