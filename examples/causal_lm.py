@@ -80,7 +80,10 @@ def perplexity(model: nn.Module, rows: Tensor, batch_size: int, accelerator: Acc
         tokens = batch["input_ids"].to(next(model.parameters()).device)
         with accelerator.autocast() if accelerator is not None else nullcontext():
             logits = model(input_ids=tokens).logits[:, :-1].float()
-        row_losses = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+        targets = tokens[:, 1:].flatten()
+        # over the last dimension: torch adds up others one by one, and 1e-4 of a large vocabulary's sum is lost
+        losses_of_tokens = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        row_losses = losses_of_tokens.view(len(tokens), -1).mean(1)
         if accelerator is not None:
             # the last batches are filled up with repeated rows, so that all processes have as many; these are dropped
             row_losses = accelerator.gather_for_metrics(row_losses)
