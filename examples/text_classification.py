@@ -2,16 +2,18 @@
 
     python examples/text_classification.py --task rte --model bert-base-uncased --density 0.1 --seeds 0 1 2
     python examples/text_classification.py --dataset my.csv --text-columns text --mode task_free --resample
-    accelerate launch --num_processes 2 examples/text_classification.py --dataset vader:tweets
+    accelerate launch --multi_gpu --num_processes 2 examples/text_classification.py --dataset vader:tweets
 
 The training loop is a plain accelerate loop: it runs on one CPU, one GPU, or several processes under
-`accelerate launch`, where only the first process prints. The trained adapter of each seed is kept in `--output`.
+`accelerate launch`, where every process scores and trains on its share of the rows and only the first one prints.
+The trained adapter of each seed is kept in `--output`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import warnings
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from accelerated import add_flags, make_accelerator
 from data import Rows, load_rows, tokenize, train_test
 from peft import get_peft_model
 from torch import nn
@@ -96,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--max-grad-norm", type=float, default=1.0)
     training.add_argument("--selection-rows", type=int, default=None, help="rows to choose the child on; default: all")
     training.add_argument("--output", type=Path, default=Path("out"))
+    add_flags(p)
     child = p.add_argument_group("child network (ChildTuningConfig; its seed is the run's seed)")
     options = {field.name: field for field in fields(ChildTuningConfig)}
     for name, how in CHILD_FLAGS.items():
@@ -145,17 +149,6 @@ def metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     }
 
 
-def choose_child(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any], folder: Path) -> None:
-    """Choose the child on the first process and install the same one on all others."""
-    path = folder / "child_network.safetensors"
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        select_child_network(model, loader, show_progress=False).save(path)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        select_child_network(model, network=path)
-
-
 def run(args: argparse.Namespace, accelerator: Accelerator, rows: tuple[Rows, Rows], seed: int) -> dict[str, float]:
     """Train and test one seed, and save it."""
     name = args.model or str(assets.encoder_dir())
@@ -167,46 +160,57 @@ def run(args: argparse.Namespace, accelerator: Accelerator, rows: tuple[Rows, Ro
     set_seed(seed)  # the same head on every process, and a Fisher child that belongs to it
     model: nn.Module = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels)
     collate: Any = DataCollatorWithPadding(tokenizer)
-    folder = args.output / f"seed-{seed}"
     config = child_config(args, seed)
     if args.method == "child":
         model = get_peft_model(model.to(accelerator.device), config)
         if config.needs_data:
-            choose_child(
-                accelerator,
-                model,
-                DataLoader(train[: args.selection_rows], args.batch_size, collate_fn=collate),
-                folder,
-            )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    count = sum(parameter.numel() for parameter in trained)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate(args, config), weight_decay=args.weight_decay)
+            rows_to_see: Any = DataLoader(train[: args.selection_rows], args.batch_size, collate_fn=collate)
+            select_child_network(model, accelerator.prepare_data_loader(rows_to_see), show_progress=False)
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=learning_rate(args, config),
+        weight_decay=args.weight_decay,
+    )
     train_loader: Any = DataLoader(train, args.batch_size, shuffle=True, collate_fn=collate)
     test_loader: Any = DataLoader(test, 4 * args.batch_size, collate_fn=collate)
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, train_loader, test_loader)
-    steps = args.epochs * len(train_loader)
+    # Not prepared: it steps once an optimizer step, and those are counted on the loader of this process.
+    steps = args.epochs * math.ceil(len(train_loader) / accelerator.gradient_accumulation_steps)
     schedule = get_linear_schedule_with_warmup(optimizer, int(args.warmup * steps), steps)
+    step = args.seeds.index(seed) * steps  # trackers want steps that grow from seed to seed
 
     for _ in range(args.epochs):
         model.train()
         for batch in train_loader:
-            accelerator.backward(model(**batch).loss)
-            accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                step += 1
+                mean_loss = accelerator.reduce(loss.detach(), "mean").item()
+                rate = schedule.get_last_lr()[0]
+                accelerator.log({f"seed {seed}/loss": mean_loss, f"seed {seed}/learning rate": rate}, step=step)
+                schedule.step()
 
     model.eval()
     predictions, targets = [], []
     for batch in test_loader:
         with torch.no_grad():
             logits = model(**batch).logits
-        gathered = accelerator.gather_for_metrics((logits.float(), batch["labels"]))
+        gathered = accelerator.gather_for_metrics((logits.float(), batch["labels"]))  # repeated rows are dropped
         predictions.append(gathered[0].cpu())
         targets.append(gathered[1].cpu())
     result = metrics(torch.cat(predictions).numpy(), torch.cat(targets).numpy())
+    accelerator.log({f"seed {seed}/{name}": value for name, value in result.items()}, step=step)
+
+    state = accelerator.get_state_dict(model)  # on every process: sharded weights are gathered
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(folder)
+        accelerator.unwrap_model(model).save_pretrained(args.output / f"seed-{seed}", state_dict=state)
     accelerator.free_memory()
     return {**result, "trained weights": count}
 
@@ -235,8 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft 0.21
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    accelerator = make_accelerator(args, "text_classification")
     with accelerator.main_process_first():  # one process downloads, the others find the files
         rows = load_task(args)
     accelerator.print(
