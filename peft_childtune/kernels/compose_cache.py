@@ -40,8 +40,13 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _bits(values: Tensor) -> _Bits:
-    """Return a view of the bits: numpy compares them three times as fast as `torch.equal` does."""
-    found: _Bits = values.detach().view(_INTEGERS[values.element_size()]).numpy()
+    """Return a view of the bits: numpy compares them three times as fast as `torch.equal` does.
+
+    Not by `Tensor.numpy`: that marks the storage as one that can never be resized, and FSDP2 resizes it to nothing
+    after the forward.
+    """
+    bits: Any = values.detach().view(_INTEGERS[values.element_size()])
+    found: _Bits = np.from_dlpack(bits)  # type: ignore[assignment]
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..codec import step_view
 from ..errors import UnsupportedError
 from ..kernels import Edit, StepGate, compose_parameter
+from ..ranks import world_size
 from ..sparse import compose_entries
 from ..weights import merge_, restore_
 from .holder import AdapterHolder
@@ -63,8 +64,14 @@ class ChildTuningLayer(AdapterHolder):
         return edits
 
     def uses_compose_cache(self, tokens: int = 0) -> bool:
-        """Return whether a forward may keep a composed weight for the next one: in evaluation, for few tokens."""
-        return not (_is_traced() or torch.is_grad_enabled() or self.training) and tokens <= COMPOSE_CACHE_TOKENS
+        """Return whether a forward may keep a composed weight for the next one: in evaluation, for few tokens.
+
+        Not in one of several processes, which may have the weight for the length of this forward only: what is kept
+        would become the whole of a model that was divided because it is too large.
+        """
+        if _is_traced() or torch.is_grad_enabled() or self.training:
+            return False
+        return tokens <= COMPOSE_CACHE_TOKENS and world_size() == 1
 
     def composed(self, parameter: str, edits: list[Edit]) -> Tensor:
         """Return a parameter with edits composed into it, or what is kept of that."""

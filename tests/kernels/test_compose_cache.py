@@ -43,6 +43,13 @@ def test_it_is_composed_again_after_a_change_of(change):
     assert torch.equal(kept.compose("weight", base, edits), compose_parameter(base, edits))
 
 
+def test_storages_can_still_be_resized_as_fsdp2_does_after_every_forward():
+    kept, (base, edits) = ComposeCache(), _case()
+    for _ in range(2):
+        kept.compose("weight", base, edits)
+    assert base.untyped_storage().resizable() and edits[0].values.untyped_storage().resizable()
+
+
 def test_other_edits_are_other_weights():
     kept, (base, edits) = ComposeCache(), _case()
     kept.compose("weight", base, edits)
