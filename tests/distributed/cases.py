@@ -60,7 +60,8 @@ for _how in (None, "ddp", "fsdp1", "fsdp2"):
 
 
 for _kind in ("d", "f_resampled"):
-    CASES[f"trainer_{_kind}"] = partial(trained_by_trainer, _kind)
+    CASES[f"trainer_{_kind}"] = partial(trained_by_trainer, _kind, None)
+    CASES[f"trainer_fsdp2_{_kind}"] = partial(trained_by_trainer, _kind, "FULL_STATE_DICT")
 
 
 def _error_of(call: Callable[[], object]) -> tuple[str, str]:
@@ -193,6 +194,11 @@ def fsdp2_saving(folder: Path) -> dict[str, Any]:
         "merge": _error_of(model.merge_adapter),
     }
     return {"expected": expected, "errors": errors}
+
+
+@case
+def trainer_sharded_checkpoint(folder: Path) -> tuple[str, str]:
+    return _error_of(lambda: trained_by_trainer("f_fixed", "SHARDED_STATE_DICT", folder))
 
 
 def _fsdp2_checkpoint(kind: str, folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tests.distributed.training import base_model
 KINDS = ("d", "f_fixed", "f_resampled")
 HOW = ("ddp", "fsdp1", "fsdp2")
 TRAINERS = ("trainer_d", "trainer_f_resampled")
+SHARDED_TRAINERS = ("trainer_fsdp2_d", "trainer_fsdp2_f_resampled")
 CHECKPOINTS = ("fsdp2_FULL_STATE_DICT", "fsdp2_SHARDED_STATE_DICT")
 STEPS = 5
 
@@ -34,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, list[Any]]:
     names = [*(f"{how}_{kind}" for how in HOW for kind in KINDS), "ddp_traffic", "uneven_shards", "one_fails"]
-    return run_cases([*names, *TRAINERS, *CHECKPOINTS, "fsdp2_bf16", "fsdp2_saving"], 2, folder)
+    # these three change what accelerate takes the processes for
+    names += [*TRAINERS, "fsdp2_bf16", *CHECKPOINTS, "fsdp2_saving", *SHARDED_TRAINERS, "trainer_sharded_checkpoint"]
+    return run_cases(names, 2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +74,12 @@ def test_three_processes_do_too(name, three, one):
     _check_against_one(three[name], one[f"one_{name.partition('_')[2]}"])
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [*TRAINERS, *SHARDED_TRAINERS])
 def test_trainer_in_two_processes_trains_what_it_trains_in_one(name, two, one):
-    _check_against_one([run["whole"] for run in two[name]], one[name]["whole"])
+    _check_against_one([run["whole"] for run in two[name]], one[name.replace("fsdp2_", "")]["whole"])
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [*TRAINERS, *SHARDED_TRAINERS])
 def test_a_run_of_two_processes_that_is_resumed_ends_in_the_same_bits(name, two):
     for run in two[name]:
         whole, resumed = run["whole"], run["resumed"]
@@ -89,14 +92,26 @@ def test_a_run_of_two_processes_that_is_resumed_ends_in_the_same_bits(name, two)
         )
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_trainer_saves_the_adapter_that_both_processes_hold(name, two, folder):
-    kind = name.partition("_")[2]
-    loaded = PeftModel.from_pretrained(base_model(), folder / kind / "whole", is_trainable=True)
+@pytest.mark.parametrize(
+    "name, saved",
+    [
+        ("trainer_d", "d_None"),
+        ("trainer_f_resampled", "f_resampled_None"),
+        ("trainer_fsdp2_d", "d_FULL_STATE_DICT"),
+        ("trainer_fsdp2_f_resampled", "f_resampled_FULL_STATE_DICT"),
+    ],
+)
+def test_trainer_saves_the_adapter_that_all_processes_hold(name, saved, two, folder):
+    loaded = PeftModel.from_pretrained(base_model(), folder / saved / "whole", is_trainable=True)
     expected = two[name][0]["whole"]["trained"]
     found = {key: parameter for key, parameter in loaded.named_parameters() if parameter.requires_grad}
     assert found.keys() == expected.keys()
     assert all(torch.equal(value.detach(), expected[key]) for key, value in found.items())
+
+
+def test_trainers_sharded_checkpoints_are_refused_with_the_setting_that_works(two):
+    for kind, message in two["trainer_sharded_checkpoint"]:
+        assert kind == "UnsupportedError" and "FULL_STATE_DICT" in message
 
 
 def test_the_base_stays_as_it_was_in_every_process(runs):
