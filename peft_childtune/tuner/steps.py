@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -12,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codec import advance_step_
-from ..errors import SelectionError
+from ..errors import SelectionError, UnsupportedError
 from .state import ChildCode, ChildValues
 
 __all__ = ["count_steps", "refuse_steps_on", "watch_optimizers"]
@@ -21,6 +23,7 @@ __all__ = ["count_steps", "refuse_steps_on", "watch_optimizers"]
 # step: `.to`, copies and sharding exchange them, and FSDP2's forward sees others than the optimizer holds.
 _COUNTED: weakref.WeakKeyDictionary[ChildCode, tuple[weakref.ref[ChildValues], set[str]]] = weakref.WeakKeyDictionary()
 _HOOK: list[Any] = []
+_IN_ENGINE: list[Any] = []  # DeepSpeed's engine, while it takes a step
 _REPLACED: Any = WeakTensorKeyDictionary()
 _WATCHED: Any = WeakTensorKeyDictionary()
 _GUARD: list[Any] = []
@@ -30,6 +33,8 @@ def count_steps(holder: ChildValues, code: ChildCode, parameter: str) -> None:
     """Advance the step counter in a coded child by one whenever an optimizer has stepped on its delta."""
     if not _HOOK:
         _HOOK.append(register_optimizer_step_post_hook(_after_step))
+    if (deepspeed := sys.modules.get("deepspeed.runtime.engine")) is not None:
+        _watch_engines(deepspeed.DeepSpeedEngine)
     found = _COUNTED.get(code)
     if found is None or found[0]() is not holder:
         found = _COUNTED[code] = (weakref.ref(holder), set())
@@ -38,7 +43,7 @@ def count_steps(holder: ChildValues, code: ChildCode, parameter: str) -> None:
 
 @torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if not _COUNTED:
+    if not _COUNTED or _IN_ENGINE:
         return
     # A gradient scaler that found an overflow calls no step at all, except for fused optimizers: those step, and
     # skip inside.
@@ -50,6 +55,43 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter in names:
             if id(present.get(parameter)) in stepped and (buffer := code._buffers.get(parameter)) is not None:
                 advance_step_(buffer, 1 if skipped is None else (1 - skipped).to(torch.int64).to(buffer.device))
+
+
+def _watch_engines(engine_class: Any) -> None:
+    """Let DeepSpeed's engines count, for the models in them: their optimizers hold pieces of copies of the deltas."""
+    take_step = getattr(engine_class, "_take_model_step", None)
+    if take_step is None or not hasattr(engine_class, "was_step_applied"):
+        raise UnsupportedError(
+            "resample=True: this release of DeepSpeed does not tell when it has taken a step, so the mask would stay "
+            "the same; use the one that the README names, or another way to train."
+        )
+    if hasattr(take_step, "counts_child_steps"):
+        return
+
+    @functools.wraps(take_step)
+    def counted(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        _IN_ENGINE.append(engine)  # an optimizer that holds the deltas themselves, at stage 0, counts here too
+        try:
+            out = take_step(engine, *args, **kwargs)
+        finally:
+            _IN_ENGINE.pop()
+        if _COUNTED and engine.was_step_applied():  # not where it found an overflow
+            _after_engine_step(engine.module)
+        return out
+
+    counted.counts_child_steps = True  # type: ignore[attr-defined]
+    engine_class._take_model_step = counted
+
+
+def _after_engine_step(model: nn.Module) -> None:
+    inside = {id(module) for module in model.modules() if isinstance(module, ChildValues)}
+    for code, (holder, names) in list(_COUNTED.items()):
+        if (present := holder()) is None or id(present) not in inside:
+            continue
+        for parameter in names:
+            values, buffer = present.get(parameter), code._buffers.get(parameter)
+            if values is not None and values.requires_grad and buffer is not None:
+                advance_step_(buffer)
 
 
 def refuse_steps_on(values: nn.Parameter) -> None:
