@@ -41,9 +41,9 @@ class ChildTuningLayer(AdapterHolder):
         edits = []
         for adapter_name in adapters:
             holder = holders.get(adapter_name)
-            values = None if holder is None else holder._parameters.get(parameter)
-            if values is None:
+            if holder is None or parameter not in holder._parameters:
                 continue
+            values = holder._parameters[parameter]  # not `get`: ZeRO-3 gathers what is read like this
             found = owner.decoded(adapter_name, parameter)
             if (rule := found.resampled) is None:
                 edits.append(Edit(values, found.indices, hull=found.hull))
@@ -56,7 +56,10 @@ class ChildTuningLayer(AdapterHolder):
 
     def uses_compose_cache(self, tokens: int = 0) -> bool:
         """Return whether a forward may keep a composed weight for the next one: in evaluation, for few tokens."""
-        return not (_is_traced() or torch.is_grad_enabled() or self.training) and tokens <= COMPOSE_CACHE_TOKENS
+        if _is_traced() or torch.is_grad_enabled() or self.training:
+            return False
+        # under ZeRO-3, which marks its modules with `ds_id`, the whole composed model would gather here
+        return tokens <= COMPOSE_CACHE_TOKENS and "ds_id" not in self.__dict__
 
     def composed(self, parameter: str, edits: list[Edit]) -> Tensor:
         """Return a parameter with edits composed into it, or what is kept of that."""
