@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import SelectionError
 from ..kernels import ComposeCache
 from ..sparse import SparseDelta, TensorChild
+from ..weights import Fingerprint
 from .state import ChildCode, ChildValues, Decoded
 from .steps import count_steps
 from .targets import covered_names
@@ -34,7 +35,13 @@ class AdapterHolder(BaseTunerLayer):
     """The state of the adapters on one module; `ChildTuningLayer` computes with it."""
 
     adapter_layer_names: tuple[str, ...] = ("child_tuning_values",)
-    other_param_names: tuple[str, ...] = ("child_tuning_code", "child_tuning_seal", "_pending", "_replaced")
+    other_param_names: tuple[str, ...] = (
+        "child_tuning_code",
+        "child_tuning_seal",
+        "_pending",
+        "_replaced",
+        "_fingerprints",
+    )
 
     base_layer: nn.Module
     child_tuning_values: nn.ModuleDict
@@ -51,6 +58,8 @@ class AdapterHolder(BaseTunerLayer):
         self._tied: dict[str, tuple[AdapterHolder, str]] = {}  # parameters that another layer's child serves
         self._pending: dict[str, PendingLoad] = {}
         self._replaced: dict[str, list[tuple[str, Tensor | None, Tensor]]] = {}  # parameter, positions, entries
+        # by adapter and parameter, with the positions for which they hold; see `gathered.py`
+        self._fingerprints: dict[str, dict[str, tuple[Tensor | None, Fingerprint]]] = {}
         self._compose_cache = ComposeCache()
         self.in_features, self.out_features = _features(base_layer)
 

@@ -16,6 +16,7 @@ from ..errors import UnsupportedError
 from ..kernels import Edit, StepGate, compose_parameter
 from ..sparse import compose_entries
 from ..weights import merge_, restore_
+from .gathered import remember_base
 from .holder import AdapterHolder
 from .targets import covered_names
 
@@ -58,7 +59,7 @@ class ChildTuningLayer(AdapterHolder):
         """Return whether a forward may keep a composed weight for the next one: in evaluation, for few tokens."""
         if _is_traced() or torch.is_grad_enabled() or self.training:
             return False
-        # under ZeRO-3, which marks its modules with `ds_id`, the whole composed model would gather here
+        # under ZeRO-3, which numbers the modules of its models (`ds_id`), the whole composed model would gather here
         return tokens <= COMPOSE_CACHE_TOKENS and "ds_id" not in self.__dict__
 
     def composed(self, parameter: str, edits: list[Edit]) -> Tensor:
@@ -108,6 +109,8 @@ class ChildTuningLayer(AdapterHolder):
         for adapter_name in self.active_adapters:
             owner.resolve_pending(adapter_name, may_be_empty=True)
         ready = [name for name in self.active_adapters if owner.has_child(name) and name not in owner._pending]
+        if "ds_id" in self.__dict__ and not _is_traced():
+            remember_base(self, ready)
         edits = self._edits(parameter, ready)
         return self.composed(parameter, edits) if edits else self.base_parameter(parameter)
 
@@ -207,7 +210,12 @@ class ChildTuningLayer(AdapterHolder):
             self.unmerge()
         if not _is_traced() and (torch.is_grad_enabled() or self.training):
             self._compose_cache.clear()
-        return [] if self.merged else self._working_adapters()
+        if self.merged:
+            return []
+        working = self._working_adapters()
+        if "ds_id" in self.__dict__ and not _is_traced():
+            remember_base(self, working)
+        return working
 
     def __getattr__(self, name: str) -> Any:
         """Return what the base layer has under that name: model code asks its layers for `eps` and the like."""
