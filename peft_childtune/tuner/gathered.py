@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..weights import Fingerprint, fingerprint
-from .holder import AdapterHolder
 
-__all__ = ["is_partitioned", "remember_base", "remembered_fingerprint"]
+if TYPE_CHECKING:
+    from .holder import AdapterHolder
+
+__all__ = ["is_partitioned", "remember_base", "remembered_fingerprint", "shape_of"]
 
 
 def is_partitioned(tensor: Tensor) -> bool:
     """Return whether ZeRO-3 has left of a parameter only this process's part, which its `data` does not show."""
     return hasattr(tensor, "ds_id") and not tensor.numel()
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter as a whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def remember_base(layer: AdapterHolder, adapters: list[str]) -> None:

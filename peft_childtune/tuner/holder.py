@@ -14,6 +14,7 @@ from ..errors import SelectionError
 from ..kernels import ComposeCache
 from ..sparse import SparseDelta, TensorChild
 from ..weights import Fingerprint
+from .gathered import shape_of
 from .state import ChildCode, ChildValues, Decoded
 from .steps import count_steps
 from .targets import covered_names
@@ -115,7 +116,7 @@ class AdapterHolder(BaseTunerLayer):
 
     def child(self, adapter_name: str, parameter: str) -> TensorChild | None:
         """Return an adapter's child of one parameter, or None where nothing was kept."""
-        shape = tuple(self.base_parameter(parameter).shape)
+        shape = shape_of(self.base_parameter(parameter))
         return self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
 
     def decoded(self, adapter_name: str, parameter: str) -> Decoded:
@@ -131,7 +132,7 @@ class AdapterHolder(BaseTunerLayer):
     def delta(self, adapter_name: str, parameter: str) -> SparseDelta:
         """Return an adapter's delta of one parameter, as copies."""
         self._require_child(adapter_name)
-        shape = tuple(self.base_parameter(parameter).shape)
+        shape = shape_of(self.base_parameter(parameter))
         values = self._values(adapter_name).get(parameter)
         if values is None:
             return SparseDelta(shape, torch.zeros(0, dtype=torch.int64), torch.zeros(0))

@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..kernels import Edit, StepGate, compose_parameter
 from ..sparse import compose_entries
 from ..weights import merge_, restore_
-from .gathered import remember_base
+from .gathered import is_partitioned, remember_base
 from .holder import AdapterHolder
 from .targets import covered_names
 
@@ -118,6 +118,11 @@ class ChildTuningLayer(AdapterHolder):
         self._require_child(adapter_name)
         for parameter in self.covered:
             values = self._values(adapter_name).get(parameter)
+            if is_partitioned(self.base_parameter(parameter)):
+                raise UnsupportedError(
+                    f"{self.full_name(parameter)}: DeepSpeed ZeRO-3 has divided it among processes; save the adapter, "
+                    "and merge it in one process, or merge and unmerge inside `deepspeed.zero.GatheredParameters`."
+                )
             if values is not None:
                 yield parameter, self.decoded(adapter_name, parameter).indices, values.detach()
 

@@ -17,7 +17,7 @@ from .gathered import is_partitioned, remembered_fingerprint
 from .install import layers_of
 from .layer import ChildTuningLayer
 from .loading import head_tensors
-from .sharding import sharding_of
+from .sharding import ZERO3, sharding_of
 
 __all__ = ["adapter_state_dict", "drop_base_weights_"]
 
@@ -34,7 +34,7 @@ def _fingerprint(layer: ChildTuningLayer, adapter_name: str, parameter: str, bas
 def _whole(key: str, tensor: Tensor, own: Tensor | None, sharding: str | None) -> Tensor:
     """Return a tensor to be saved, detached; raise if it is but FSDP's part of a parameter for this process."""
     if is_sharded(tensor) or (
-        sharding == "FSDP1" and own is not None and (not tensor.numel() or tensor.data_ptr() == own.data_ptr())
+        sharding not in (None, ZERO3) and own is not None and (not tensor.numel() or tensor.data_ptr() == own.data_ptr())
     ):
         raise UnsupportedError(
             f"{key}: {sharding} has divided it among processes, and this one would save its part only. On every "
@@ -78,7 +78,7 @@ def adapter_state_dict(
         return {}
     layers = layers_of(model, adapter_name)
     sharding = sharding_of(model)
-    if sharding == "DeepSpeed ZeRO-3" and (parted := _parted(model, adapter_name, state_dict)):
+    if sharding == ZERO3 and (parted := _parted(model, adapter_name, state_dict)):
         if rank() > 0:  # `accelerator.get_state_dict` gives None there: PEFT asks, and writes nothing
             return {parted: torch.empty(1, device="meta")}  # nor could it write this
         raise UnsupportedError(
