@@ -71,8 +71,9 @@ def sealed_tensor(
     def compute() -> Fingerprint:
         if is_partitioned(layer.base_parameter(parameter)):
             raise UnsupportedError(
-                f"{name}: DeepSpeed ZeRO-3 has divided it among processes, so it cannot be compared with the base that "
-                "the adapter was made for; load inside `with deepspeed.zero.GatheredParameters(list(base.parameters())):`."
+                f"{name}: DeepSpeed ZeRO-3 has divided it among processes, so it cannot be compared with the base "
+                "that the adapter was made for; load it inside `with deepspeed.zero.GatheredParameters("
+                "list(base.parameters())):`."
             )
         base = layer.unmerged_base(parameter)
         if not code.numel():

@@ -34,7 +34,9 @@ def _fingerprint(layer: ChildTuningLayer, adapter_name: str, parameter: str, bas
 def _whole(key: str, tensor: Tensor, own: Tensor | None, sharding: str | None) -> Tensor:
     """Return a tensor to be saved, detached; raise if it is but FSDP's part of a parameter for this process."""
     if is_sharded(tensor) or (
-        sharding not in (None, ZERO3) and own is not None and (not tensor.numel() or tensor.data_ptr() == own.data_ptr())
+        sharding not in (None, ZERO3)
+        and own is not None
+        and (not tensor.numel() or tensor.data_ptr() == own.data_ptr())
     ):
         raise UnsupportedError(
             f"{key}: {sharding} has divided it among processes, and this one would save its part only. On every "
@@ -82,8 +84,8 @@ def adapter_state_dict(
         if rank() > 0:  # `accelerator.get_state_dict` gives None there: PEFT asks, and writes nothing
             return {parted: torch.empty(1, device="meta")}  # nor could it write this
         raise UnsupportedError(
-            f"{parted}: DeepSpeed ZeRO-3 has divided it among processes. Gather the weights, by a call on every process: "
-            "model.save_pretrained(path, is_main_process=accelerator.is_main_process, "
+            f"{parted}: DeepSpeed ZeRO-3 has divided it among processes. Gather the weights, by a call on every "
+            "process: model.save_pretrained(path, is_main_process=accelerator.is_main_process, "
             "state_dict=accelerator.get_state_dict(engine)), with stage3_gather_16bit_weights_on_model_save: true in "
             "DeepSpeed's configuration; or let Trainer save."
         )

@@ -23,7 +23,6 @@ __all__ = ["count_steps", "refuse_steps_on", "watch_optimizers"]
 # step: `.to`, copies and sharding exchange them, and FSDP2's forward sees others than the optimizer holds.
 _COUNTED: weakref.WeakKeyDictionary[ChildCode, tuple[weakref.ref[ChildValues], set[str]]] = weakref.WeakKeyDictionary()
 _HOOK: list[Any] = []
-_IN_ENGINE: list[Any] = []  # DeepSpeed's engine, while it takes a step
 _REPLACED: Any = WeakTensorKeyDictionary()
 _WATCHED: Any = WeakTensorKeyDictionary()
 _GUARD: list[Any] = []
@@ -43,7 +42,7 @@ def count_steps(holder: ChildValues, code: ChildCode, parameter: str) -> None:
 
 @torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if not _COUNTED or _IN_ENGINE:
+    if not _COUNTED:
         return
     # A gradient scaler that found an overflow calls no step at all, except for fused optimizers: those step, and
     # skip inside.
@@ -70,27 +69,26 @@ def _watch_engines(engine_class: Any) -> None:
 
     @functools.wraps(take_step)
     def counted(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        _IN_ENGINE.append(engine)  # an optimizer that holds the deltas themselves, at stage 0, counts here too
-        try:
-            out = take_step(engine, *args, **kwargs)
-        finally:
-            _IN_ENGINE.pop()
+        out = take_step(engine, *args, **kwargs)
         if _COUNTED and engine.was_step_applied():  # not where it found an overflow
-            _after_engine_step(engine.module)
+            _after_engine_step(engine)
         return out
 
     counted.counts_child_steps = True  # type: ignore[attr-defined]
     engine_class._take_model_step = counted
 
 
-def _after_engine_step(model: nn.Module) -> None:
-    inside = {id(module) for module in model.modules() if isinstance(module, ChildValues)}
+def _after_engine_step(engine: Any) -> None:
+    inside = {id(module) for module in engine.module.modules() if isinstance(module, ChildValues)}
+    # without ZeRO, in float32, the optimizer does hold the deltas, and `_after_step` has counted
+    held = {id(values) for group in engine.basic_optimizer.param_groups for values in group["params"]}
     for code, (holder, names) in list(_COUNTED.items()):
         if (present := holder()) is None or id(present) not in inside:
             continue
         for parameter in names:
             values, buffer = present.get(parameter), code._buffers.get(parameter)
-            if values is not None and values.requires_grad and buffer is not None:
+            is_trained = values is not None and values.requires_grad and id(values) not in held
+            if is_trained and buffer is not None:
                 advance_step_(buffer)
 
 
