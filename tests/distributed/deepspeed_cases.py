@@ -29,6 +29,8 @@ def settings(stage: int, **options: Any) -> dict[str, Any]:
     """Return DeepSpeed's configuration for `training.train`."""
     zero: dict[str, Any] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     zero["stage3_param_persistence_threshold"] = 0  # by default, parameters as small as these are not divided
+    # the buffers are of gigabytes by default
+    zero |= {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, "stage3_prefetch_bucket_size": 10_000}
     return {
         "train_micro_batch_size_per_gpu": 6 // dist.get_world_size(),
         "gradient_accumulation_steps": PARTS,
@@ -133,7 +135,7 @@ def zero3_saved(folder: Path) -> dict[str, Any]:
 
 def zero3_small_parameters(folder: Path) -> dict[str, Any]:
     """Save directly where the parameters are too small to be divided, as the deltas often are."""
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 100}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 10_000}
     engine = engine_of(child_model("d"), 3, zero_optimization=zero)
     train(engine)
     engine.module.save_pretrained(folder / "small", is_main_process=dist.get_rank() == 0)
