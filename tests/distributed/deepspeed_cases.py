@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -144,8 +144,9 @@ def zero3_small_parameters(folder: Path) -> dict[str, Any]:
 
 def by_accelerate(folder: Path) -> dict[str, Any]:
     """Train and save as an accelerate loop does."""
+    PartialState(cpu=True)  # without a GPU accelerate finds the other processes like this only
     plugin = DeepSpeedPlugin(hf_ds_config=settings(3))
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=PARTS)
     model = child_model("f_resampled")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1))
@@ -159,7 +160,7 @@ def by_accelerate(folder: Path) -> dict[str, Any]:
     state = accelerator.get_state_dict(engine)
     unwrapped = accelerator.unwrap_model(engine)
     unwrapped.save_pretrained(folder / "accelerate", is_main_process=accelerator.is_main_process, state_dict=state)
-    return gathered(engine)
+    return {"engine": type(engine).__name__, **gathered(engine)}
 
 
 def _by_trainer(stage: int) -> Callable[[Path], Any]:
@@ -169,19 +170,23 @@ def _by_trainer(stage: int) -> Callable[[Path], Any]:
         arguments = TrainingArguments(
             str(folder / f"trainer{stage}"),
             deepspeed=configuration,
-            use_cpu=True,
             max_steps=3,
+            max_grad_norm=configuration["gradient_clipping"],
             save_steps=2,
             per_device_train_batch_size=configuration["train_micro_batch_size_per_gpu"],
             report_to=[],
             disable_tqdm=True,
         )
+        _ = arguments.device  # sets up a state, of one process where there is no GPU
+        PartialState._reset_state()
+        arguments.distributed_state = PartialState(cpu=True)
         model = BertForSequenceClassification.from_pretrained(folder / "base")
         wrapped = get_peft_model(model, ChildTuningConfig(task_type="SEQ_CLS", **CONFIGS["f_resampled"]))
         trainer = Trainer(wrapped, arguments, train_dataset=rows(), data_collator=collate)
         trainer.train()
         trainer.save_model()
-        return gathered(trainer.model_wrapped)
+        engine = trainer.model_wrapped
+        return {"engine": type(engine).__name__, **gathered(engine)}
 
     return case
 

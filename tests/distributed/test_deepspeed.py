@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 KINDS = ("d", "f_fixed", "f_resampled")
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
 
 
 def _run(names: list[str], folder: Path) -> dict[str, list[Any]]:
@@ -170,6 +170,7 @@ def test_what_needs_the_weights_is_refused_on_a_base_that_was_divided_while_it_l
 
 def test_an_accelerate_loop_trains_and_saves_the_same(one, tmp_path):
     first, second = _run(["by_accelerate"], tmp_path)["by_accelerate"]
+    assert first["engine"] == "DeepSpeedEngine"
     _check_close(first["trained"], one["f_resampled"]["trained"])
     _check_equal(first["trained"], second["trained"])
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "accelerate", is_trainable=True)
@@ -179,6 +180,7 @@ def test_an_accelerate_loop_trains_and_saves_the_same(one, tmp_path):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_trainer_saves_the_whole_adapter_also_in_its_checkpoints(tmp_path, stage):
     first, second = _run([f"trainer_zero{stage}"], tmp_path)[f"trainer_zero{stage}"]
+    assert first["engine"] == "DeepSpeedEngine"
     _check_equal(first["trained"], second["trained"])
     assert _steps(first["codes"]) == {3}
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / f"trainer{stage}", is_trainable=True)
