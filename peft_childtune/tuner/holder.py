@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import SelectionError
 from ..kernels import ComposeCache
 from ..sparse import SparseDelta, TensorChild
+from ..weights import Fingerprint
+from .gathered import shape_of
 from .offload import onloaded, out_of_reach
 from .state import ChildCode, ChildValues, Decoded
 from .steps import count_steps
@@ -35,7 +37,13 @@ class AdapterHolder(BaseTunerLayer):
     """The state of the adapters on one module; `ChildTuningLayer` computes with it."""
 
     adapter_layer_names: tuple[str, ...] = ("child_tuning_values",)
-    other_param_names: tuple[str, ...] = ("child_tuning_code", "child_tuning_seal", "_pending", "_replaced")
+    other_param_names: tuple[str, ...] = (
+        "child_tuning_code",
+        "child_tuning_seal",
+        "_pending",
+        "_replaced",
+        "_fingerprints",
+    )
 
     base_layer: nn.Module
     child_tuning_values: nn.ModuleDict
@@ -52,6 +60,8 @@ class AdapterHolder(BaseTunerLayer):
         self._tied: dict[str, tuple[AdapterHolder, str]] = {}  # parameters that another layer's child serves
         self._pending: dict[str, PendingLoad] = {}
         self._replaced: dict[str, list[tuple[str, Tensor | None, Tensor]]] = {}  # parameter, positions, entries
+        # by adapter and parameter, with the positions for which they hold; see `gathered.py`
+        self._fingerprints: dict[str, dict[str, tuple[Tensor | None, Fingerprint]]] = {}
         self._compose_cache = ComposeCache()
         self.in_features, self.out_features = _features(base_layer)
 
@@ -107,7 +117,7 @@ class AdapterHolder(BaseTunerLayer):
 
     def child(self, adapter_name: str, parameter: str) -> TensorChild | None:
         """Return an adapter's child of one parameter, or None where nothing was kept."""
-        shape = tuple(self.base_parameter(parameter).shape)
+        shape = shape_of(self.base_parameter(parameter))
         with onloaded(self):
             return self._code(adapter_name).child(parameter, shape, self.full_name(parameter))
 
@@ -124,7 +134,7 @@ class AdapterHolder(BaseTunerLayer):
     def delta(self, adapter_name: str, parameter: str) -> SparseDelta:
         """Return an adapter's delta of one parameter, as copies."""
         self._require_child(adapter_name)
-        shape = tuple(self.base_parameter(parameter).shape)
+        shape = shape_of(self.base_parameter(parameter))
         with onloaded(self):
             values = self._values(adapter_name).get(parameter)
             if values is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -12,6 +13,7 @@ from ..codec import encode_child
 from ..errors import DeltaError, FormatError, SelectionError, UnsupportedError
 from ..sparse import TensorChild, UnitGrid
 from .config import ChildTuningConfig
+from .gathered import shape_of
 from .layer import ChildTuningLayer
 from .offload import is_away
 from .steps import refuse_steps_on
@@ -50,7 +52,7 @@ def grids_of(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> 
     side = config.block_size if config.granularity == "block" else 1
     return {
         name: UnitGrid(
-            tuple(layer.base_parameter(parameter).shape),
+            shape_of(layer.base_parameter(parameter)),
             config.granularity,
             side,
             isinstance(layer.get_base_layer(), Conv1D) and layer.base_parameter(parameter).ndim == 2,
@@ -141,7 +143,7 @@ def install_children(
     for name, layer, parameter in covered:
         if name not in children:
             raise DeltaError(f"{name}: adapter {adapter_name!r} covers it, but the child network has no entry for it.")
-        shape = tuple(layer.base_parameter(parameter).shape)
+        shape = shape_of(layer.base_parameter(parameter))
         if children[name].grid.shape != shape:
             raise DeltaError(f"{name}: the child is of shape {children[name].grid.shape}, the base tensor of {shape}.")
     for layer in layers_of(model, adapter_name).values():
@@ -190,7 +192,7 @@ def prepare_places(model: nn.Module, adapter_name: str, config: ChildTuningConfi
         raise FormatError(
             f"{name}: adapter_config.json {side}; the adapter was made for another base model or other target_modules."
         )
-    sizes = {n: _check_sizes(n, listed[n], layer.base_parameter(p).numel()) for n, layer, p in covered}
+    sizes = {n: _check_sizes(n, listed[n], math.prod(shape_of(layer.base_parameter(p)))) for n, layer, p in covered}
     for name, layer, parameter in covered:
         nnz, coded = sizes[name]
         if nnz:

@@ -16,6 +16,7 @@ from ..kernels import Edit, StepGate, compose_parameter
 from ..ranks import world_size
 from ..sparse import compose_entries
 from ..weights import merge_, restore_
+from .gathered import is_partitioned, remember_base
 from .holder import AdapterHolder
 from .offload import follow_tied_, is_away, onloaded, out_of_reach
 from .targets import covered_names
@@ -48,9 +49,9 @@ class ChildTuningLayer(AdapterHolder):
         edits = []
         for adapter_name in adapters:
             holder = holders.get(adapter_name)
-            values = None if holder is None else holder._parameters.get(parameter)
-            if values is None:
+            if holder is None or parameter not in holder._parameters:
                 continue
+            values = holder._parameters[parameter]  # not `get`: ZeRO-3 gathers what is read like this
             found = owner.decoded(adapter_name, parameter, base)  # type: ignore[arg-type]  # as its delta, it is there
             if "_hf_hook" in module.__dict__:  # an offloaded base comes to its execution device, the delta does not
                 values = values.to(found.device)
@@ -71,7 +72,7 @@ class ChildTuningLayer(AdapterHolder):
         """
         if _is_traced() or torch.is_grad_enabled() or self.training:
             return False
-        return tokens <= COMPOSE_CACHE_TOKENS and world_size() == 1
+        return tokens <= COMPOSE_CACHE_TOKENS and world_size() == 1 and "ds_id" not in self.__dict__  # ZeRO-3's mark
 
     def composed(self, parameter: str, edits: list[Edit]) -> Tensor:
         """Return a parameter with edits composed into it, or what is kept of that."""
@@ -120,6 +121,8 @@ class ChildTuningLayer(AdapterHolder):
             owner.resolve_pending(adapter_name, may_be_empty=True)
         with onloaded(self):
             ready = [name for name in working if owner.has_child(name) and name not in owner._pending]
+            if "ds_id" in self.__dict__ and not _is_traced():
+                remember_base(self, ready)
             edits = self._edits(parameter, ready)
             return self.composed(parameter, edits) if edits else self.base_parameter(parameter)
 
@@ -127,6 +130,11 @@ class ChildTuningLayer(AdapterHolder):
         self._require_child(adapter_name)
         for parameter in self.covered:
             values = self._values(adapter_name).get(parameter)
+            if is_partitioned(self.base_parameter(parameter)):
+                raise UnsupportedError(
+                    f"{self.full_name(parameter)}: DeepSpeed ZeRO-3 has divided it among processes; save the adapter, "
+                    "and merge it in one process, or merge and unmerge inside `deepspeed.zero.GatheredParameters`."
+                )
             if values is not None:
                 yield (
                     parameter,
@@ -230,7 +238,12 @@ class ChildTuningLayer(AdapterHolder):
             self.unmerge()
         if not _is_traced() and (torch.is_grad_enabled() or self.training):
             self._compose_cache.clear()
-        return [] if self.merged else self._working_adapters()
+        if self.merged:
+            return []
+        working = self._working_adapters()
+        if "ds_id" in self.__dict__ and not _is_traced():
+            remember_base(self, working)
+        return working
 
     def __getattr__(self, name: str) -> Any:
         """Return what the base layer has under that name: model code asks its layers for `eps` and the like."""

@@ -10,9 +10,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..codec import decode_child
-from ..errors import FormatError, IntegrityError, SelectionError
+from ..errors import FormatError, IntegrityError, SelectionError, UnsupportedError
 from ..seal import Sealed, seal_bytes, verify_seal
 from ..weights import Fingerprint, fingerprint
+from .gathered import is_partitioned
 from .install import covered_tensors, layers_of
 from .layer import ChildTuningLayer, child_layers
 from .offload import onloaded
@@ -69,6 +70,12 @@ def sealed_tensor(
     values = empty if values is None else values.detach().cpu()
 
     def compute() -> Fingerprint:
+        if is_partitioned(layer.base_parameter(parameter)):
+            raise UnsupportedError(
+                f"{name}: DeepSpeed ZeRO-3 has divided it among processes, so it cannot be compared with the base "
+                "that the adapter was made for; load it inside `with deepspeed.zero.GatheredParameters("
+                "list(base.parameters())):`."
+            )
         indices = torch.zeros(0, dtype=torch.int64)
         if code.numel():
             try:

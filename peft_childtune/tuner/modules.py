@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -20,8 +21,20 @@ __all__ = ["Conv", "Linear", "Module", "find_own_inputs", "wrap"]
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+def _hooks(base: nn.Module, kind: str) -> dict[int, Any]:
+    """Return a module's hooks, without those of ZeRO-3.
+
+    These gather the parameters of a module that is called; a layer reads its base's, which gathers them as well.
+    """
+    hooks: dict[int, Any] = getattr(base, kind)
+    if "ds_id" not in base.__dict__:
+        return hooks
+    own = ((key, hook) for key, hook in hooks.items() if not str(hook.__module__).startswith("deepspeed."))
+    return OrderedDict(own)
+
+
 def _has_hooks(base: nn.Module) -> bool:
-    return any(getattr(base, hooks) for hooks in _HOOKS)
+    return any(_hooks(base, kind) for kind in _HOOKS)
 
 
 def _stand_in(base: nn.Module, parameters: dict[str, Any]) -> nn.Module:
@@ -31,7 +44,7 @@ def _stand_in(base: nn.Module, parameters: dict[str, Any]) -> nn.Module:
     outputs agree in every bit.
     """
     stand_in = copy.copy(base)
-    stand_in.__dict__["_parameters"] = parameters
+    stand_in.__dict__ |= {"_parameters": parameters, **{kind: _hooks(base, kind) for kind in _HOOKS}}
     # a forward that was set on the instance is bound to the module itself; FSDP1 sets plain tensors of these names
     for name in ("forward", *parameters):
         stand_in.__dict__.pop(name, None)

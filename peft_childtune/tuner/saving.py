@@ -13,11 +13,12 @@ from ..ranks import rank
 from ..seal import Sealed, make_seal
 from ..weights import Fingerprint, fingerprint, is_sharded
 from .config import ChildTuningConfig
+from .gathered import is_partitioned, remembered_fingerprint
 from .install import layers_of
 from .layer import ChildTuningLayer
 from .loading import head_tensors
 from .offload import onloaded
-from .sharding import sharding_of
+from .sharding import ZERO3, sharding_of
 
 __all__ = ["adapter_state_dict", "drop_base_weights_"]
 
@@ -25,15 +26,19 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def _fingerprint(layer: ChildTuningLayer, adapter_name: str, parameter: str, base: Tensor | None) -> Fingerprint:
+    if (base is None or not base.numel()) and is_partitioned(layer.base_parameter(parameter)):
+        return remembered_fingerprint(layer, adapter_name, parameter)
     with onloaded(layer):
         base = layer.unmerged_base(parameter, None if base is None or base.is_meta else base)
         return fingerprint(base, layer.indices_in(base, adapter_name, parameter))
 
 
 def _whole(key: str, tensor: Tensor, own: Tensor | None, sharding: str | None) -> Tensor:
-    """Return a tensor to be saved, detached; raise if it is but this process's part of a parameter."""
+    """Return a tensor to be saved, detached; raise if it is but FSDP's part of a parameter for this process."""
     if is_sharded(tensor) or (
-        sharding is not None and own is not None and (not tensor.numel() or tensor.data_ptr() == own.data_ptr())
+        sharding not in (None, ZERO3)
+        and own is not None
+        and (not tensor.numel() or tensor.data_ptr() == own.data_ptr())
     ):
         raise UnsupportedError(
             f"{key}: {sharding} has divided it among processes, and this one would save its part only. On every "
@@ -42,6 +47,18 @@ def _whole(key: str, tensor: Tensor, own: Tensor | None, sharding: str | None) -
             "`fsdp_state_dict_type: FULL_STATE_DICT`."
         )
     return tensor.detach()
+
+
+def _parted(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> str | None:
+    """Return the key of a tensor to be saved of which ZeRO-3 has left nothing here, or None."""
+    keys = [
+        f"{path}.child_tuning_values.{adapter_name}.{parameter}"
+        for path, layer in layers_of(model, adapter_name).items()
+        for parameter in layer.covered
+    ]
+    saved = {key: state_dict[key] for key in keys if key in state_dict}
+    saved |= {key: state_dict.get(key, tensor) for key, tensor in head_tensors(model, adapter_name).values()}
+    return next((key for key, tensor in saved.items() if not tensor.numel()), None)
 
 
 def adapter_state_dict(
@@ -65,6 +82,15 @@ def adapter_state_dict(
         return {}
     layers = layers_of(model, adapter_name)
     sharding = sharding_of(model)
+    if sharding == ZERO3 and (parted := _parted(model, adapter_name, state_dict)):
+        if rank() > 0:  # `accelerator.get_state_dict` gives None there: PEFT asks, and writes nothing
+            return {parted: torch.empty(1, device="meta")}  # nor could it write this
+        raise UnsupportedError(
+            f"{parted}: DeepSpeed ZeRO-3 has divided it among processes. Gather the weights, by a call on every "
+            "process: model.save_pretrained(path, is_main_process=accelerator.is_main_process, "
+            "state_dict=accelerator.get_state_dict(engine)), with stage3_gather_16bit_weights_on_model_save: true in "
+            "DeepSpeed's configuration; or let Trainer save."
+        )
     out: dict[str, Tensor] = {}
     sealed: dict[str, Sealed] = {}
     layout: dict[str, list[int]] = {}

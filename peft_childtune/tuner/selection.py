@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +20,10 @@ from ..scores import magnitude_scores, score_parameters
 from ..sparse import ResampledUnits, SparseDelta, TensorChild, UnitGrid, select_children, select_random_children
 from ..weights import sampled_digest
 from .config import ChildTuningConfig
+from .gathered import shape_of
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
 from .offload import onloaded, out_of_reach
-from .sharding import refuse_sharded
+from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
 from .shards import without_repeats
 from .steps import watch_optimizers
 from .targets import block_names, block_of
@@ -187,9 +189,10 @@ def select_child_network(
     if isinstance(dataloader, str | os.PathLike | ChildNetwork):
         raise ConfigError("dataloader: a child network goes to `network`: select_child_network(model, network=...).")
     with failing_together():
-        _check_whole(model)
+        _check_not_wrapped(model)
         model = _unwrapped(model)
         config = _config_of(model, adapter_name)
+        _check_whole(model, needs_weights=network is None and (config.needs_data or config.score == "magnitude"))
         _check_untrained(model, adapter_name, config)
     agree(sampled_digest(dict(model.named_parameters())), what=_DIFFERENT_MODELS)
     with failing_together():
@@ -252,12 +255,22 @@ _DIFFERENT_MODELS = (
 )
 
 
-def _check_whole(model: nn.Module) -> None:
+def _check_not_wrapped(model: nn.Module) -> None:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise SelectionError(
             "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "
             "select_child_network before wrapping (before `accelerator.prepare`), on every process."
         )
+    if is_in_engine(model):
+        raise SelectionError(
+            "the model is in a DeepSpeed engine already, whose optimizer would not train the child; call "
+            "select_child_network before `deepspeed.initialize` (before `accelerator.prepare`), on every process."
+        )
+
+
+def _check_whole(model: nn.Module, *, needs_weights: bool) -> None:
+    if not needs_weights and sharding_of(model) == ZERO3:  # built under `deepspeed.zero.Init`: the shapes are known
+        return
     refuse_sharded(
         model,
         what="select_child_network",
@@ -315,7 +328,7 @@ def selection_report(model: nn.Module, adapter_name: str = "default") -> str:
     model = _unwrapped(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     total = sum(
-        p.numel()
+        math.prod(shape_of(p))
         for name, p in base.named_parameters()
         if ".child_tuning_" not in name and ".modules_to_save." not in name
     )

@@ -6,11 +6,13 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..weights import is_sharded
+from .gathered import is_partitioned
 from .layer import child_layers
 from .loading import PEFT_PREFIX
 
-__all__ = ["keep_codes_out_of_ddp", "refuse_sharded", "sharding_of"]
+__all__ = ["ZERO3", "is_in_engine", "keep_codes_out_of_ddp", "refuse_sharded", "sharding_of"]
 
+ZERO3 = "DeepSpeed ZeRO-3"
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -39,10 +41,17 @@ def sharding_of(model: nn.Module) -> str | None:
     return None
 
 
+def is_in_engine(model: nn.Module) -> bool:
+    """Return whether a model is a DeepSpeed engine, or one whose parameters an engine's ZeRO optimizer trains."""
+    marks = ("_hp_mapping", "_z3_optimizer")
+    is_engine = any(kind.__module__.startswith("deepspeed.") for kind in type(model).__mro__)
+    return is_engine or any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
+
+
 def _divided_by(tensor: Tensor) -> str | None:
     # by what they carry: DeepSpeed is optional, and slow to import
-    if hasattr(tensor, "ds_id"):
-        return "DeepSpeed ZeRO-3"
+    if is_partitioned(tensor):
+        return ZERO3
     return "FSDP2" if is_sharded(tensor) else None
 
 

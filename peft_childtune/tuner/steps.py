@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -12,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codec import advance_step_
-from ..errors import SelectionError
+from ..errors import SelectionError, UnsupportedError
 from .state import ChildCode, ChildValues
 
 __all__ = ["count_steps", "refuse_steps_on", "watch_optimizers"]
@@ -30,6 +32,8 @@ def count_steps(holder: ChildValues, code: ChildCode, parameter: str) -> None:
     """Advance the step counter in a coded child by one whenever an optimizer has stepped on its delta."""
     if not _HOOK:
         _HOOK.append(register_optimizer_step_post_hook(_after_step))
+    if (deepspeed := sys.modules.get("deepspeed.runtime.engine")) is not None:
+        _watch_engines(deepspeed.DeepSpeedEngine)
     found = _COUNTED.get(code)
     if found is None or found[0]() is not holder:
         found = _COUNTED[code] = (weakref.ref(holder), set())
@@ -50,6 +54,42 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter in names:
             if id(present.get(parameter)) in stepped and (buffer := code._buffers.get(parameter)) is not None:
                 advance_step_(buffer, 1 if skipped is None else (1 - skipped).to(torch.int64).to(buffer.device))
+
+
+def _watch_engines(engine_class: Any) -> None:
+    """Let DeepSpeed's engines count, for the models in them: their optimizers hold pieces of copies of the deltas."""
+    take_step = getattr(engine_class, "_take_model_step", None)
+    if take_step is None or not hasattr(engine_class, "was_step_applied"):
+        raise UnsupportedError(
+            "resample=True: this release of DeepSpeed does not tell when it has taken a step, so the mask would stay "
+            "the same; use the one that the README names, or another way to train."
+        )
+    if hasattr(take_step, "counts_child_steps"):
+        return
+
+    @functools.wraps(take_step)
+    def counted(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        out = take_step(engine, *args, **kwargs)
+        if _COUNTED and engine.was_step_applied():  # not where it found an overflow
+            _after_engine_step(engine)
+        return out
+
+    counted.counts_child_steps = True  # type: ignore[attr-defined]
+    engine_class._take_model_step = counted
+
+
+def _after_engine_step(engine: Any) -> None:
+    inside = {id(module) for module in engine.module.modules() if isinstance(module, ChildValues)}
+    # without ZeRO, in float32, the optimizer does hold the deltas, and `_after_step` has counted
+    held = {id(values) for group in engine.basic_optimizer.param_groups for values in group["params"]}
+    for code, (holder, names) in list(_COUNTED.items()):
+        if (present := holder()) is None or id(present) not in inside:
+            continue
+        for parameter in names:
+            values, buffer = present.get(parameter), code._buffers.get(parameter)
+            is_trained = values is not None and values.requires_grad and id(values) not in held
+            if is_trained and buffer is not None:
+                advance_step_(buffer)
 
 
 def refuse_steps_on(values: nn.Parameter) -> None:

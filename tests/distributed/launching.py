@@ -55,13 +55,15 @@ def start(
     return printed
 
 
-def run_cases(names: Sequence[str], processes: int, folder: Path, **options: Any) -> dict[str, list[Any]]:
-    """Run functions of `cases.py` in so many processes; return by name what each process got from it, in their order.
+def run_cases(
+    names: Sequence[str], processes: int, folder: Path, *, program: str = "cases.py", **options: Any
+) -> dict[str, list[Any]]:
+    """Run functions of `program` in so many processes; return by name what each process got from it, in their order.
 
     That there were so many is asserted: the number comes from the process group that they formed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    start([str(_HERE / "cases.py"), str(folder), *names], processes, **options)
+    start([str(_HERE / program), str(folder), *names], processes, **options)
     found: dict[str, list[Any]] = {}
     for name in names:
         saved = [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(processes)]
