@@ -2,11 +2,12 @@
 
 from .callback import ChildTuningCallback
 from .config import ChildTuningConfig
+from .inspection import get_child_network, get_deltas, selection_report
 from .layer import ChildTuningLayer
 from .memory import MemoryEstimate, estimate_memory
 from .model import ChildTuningModel
 from .registration import register
-from .selection import get_child_network, get_deltas, select_child_network, selection_report
+from .selection import select_child_network
 
 __all__ = [
     "ChildTuningCallback",

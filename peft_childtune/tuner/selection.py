@@ -1,11 +1,9 @@
-"""Choosing the child network, and asking a model for the one it has."""
+"""Choosing the child network."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,48 +15,19 @@ from ..errors import ConfigError, SelectionError, TargetError
 from ..network import ChildNetwork
 from ..ranks import agree, failing_together, is_first_rank
 from ..scores import magnitude_scores, score_parameters
-from ..sparse import ResampledUnits, SparseDelta, TensorChild, UnitGrid, select_children, select_random_children
+from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
 from ..weights import sampled_digest
 from .config import ChildTuningConfig
-from .gathered import shape_of
+from .inspection import config_of, groups_of, selection_report, unwrapped
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
 from .offload import onloaded, out_of_reach
 from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
 from .shards import without_repeats
 from .steps import watch_optimizers
-from .targets import block_names, block_of
 
-__all__ = ["data_free_children", "get_child_network", "get_deltas", "select_child_network", "selection_report"]
+__all__ = ["data_free_children", "select_child_network"]
 
 logger = logging.getLogger(__name__)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
-
-
-def _config_of(model: nn.Module, adapter_name: str) -> ChildTuningConfig:
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping) or adapter_name not in configs:
-        known = f"it has {sorted(configs)}" if isinstance(configs, Mapping) else "it has none"
-        raise SelectionError(
-            f"the model has no adapter {adapter_name!r} ({known}); wrap it first: get_peft_model(base, "
-            "ChildTuningConfig(...))."
-        )
-    config = configs[adapter_name]
-    if not isinstance(config, ChildTuningConfig):
-        raise ConfigError(
-            f"adapter {adapter_name!r} is a {type(config).__name__}, not a ChildTuningConfig; it has no child network."
-        )
-    return config
-
-
-def _groups(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    blocks = block_names(base)
-    return {name: block_of(name, blocks) for name in names}
 
 
 def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -87,7 +56,7 @@ def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningC
             name: TensorChild(UnitGrid(grid.shape), ResampledUnits(config.seed, stream, config.density))
             for stream, (name, grid) in enumerate(grids.items())
         }
-    groups = _groups(model, grids)
+    groups = groups_of(model, grids)
     if config.mode == "task_free" or config.score == "random":
         return select_random_children(
             grids=grids, density=config.density, scope=config.scope, groups=groups, seed=config.seed
@@ -190,8 +159,8 @@ def select_child_network(
         raise ConfigError("dataloader: a child network goes to `network`: select_child_network(model, network=...).")
     with failing_together():
         _check_not_wrapped(model)
-        model = _unwrapped(model)
-        config = _config_of(model, adapter_name)
+        model = unwrapped(model)
+        config = config_of(model, adapter_name)
         _check_whole(model, needs_weights=network is None and (config.needs_data or config.score == "magnitude"))
         _check_untrained(model, adapter_name, config)
     agree(sampled_digest(dict(model.named_parameters())), what=_DIFFERENT_MODELS)
@@ -224,7 +193,7 @@ def select_child_network(
                 grids=grids_of(model, adapter_name, config),
                 density=config.density,
                 scope=config.scope,
-                groups=_groups(model, result.scores),
+                groups=groups_of(model, result.scores),
             )
             how = {"source": config.score, "examples": result.num_examples, "loss": result.loss}
             del result  # the scores, as large as the covered weights in fp32
@@ -283,73 +252,3 @@ def _given(network: ChildNetwork | str | os.PathLike[str], dataloader: Any) -> M
     if dataloader is not None:
         raise ConfigError("network: a given child is used as it is; pass either a dataloader or a network, not both.")
     return (network if isinstance(network, ChildNetwork) else ChildNetwork.load(network)).children
-
-
-def get_child_network(model: nn.Module, adapter_name: str = "default") -> ChildNetwork:
-    """Return the child network of an adapter.
-
-    Raises:
-        SelectionError: there is no such adapter, or no child yet.
-    """
-    model = _unwrapped(model)
-    grids = grids_of(model, adapter_name, _config_of(model, adapter_name))
-    children = {}
-    for name, layer, parameter in covered_tensors(model, adapter_name):
-        layer._require_child(adapter_name)
-        child = layer.child(adapter_name, parameter)
-        children[name] = child or TensorChild(grids[name], torch.zeros(0, dtype=torch.int64))
-    return ChildNetwork(children)
-
-
-def get_deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, SparseDelta]:
-    """Return the trained delta of every covered base tensor, by the base model's own name, as copies.
-
-    Raises:
-        SelectionError: there is no such adapter, or no child yet.
-        UnsupportedError: the model's weights are divided among processes.
-    """
-    model = _unwrapped(model)
-    _config_of(model, adapter_name)
-    refuse_sharded(
-        model, what="get_deltas", instead="save the adapter and load it in one process (README, several processes)."
-    )
-    return {
-        name: layer.delta(adapter_name, parameter) for name, layer, parameter in covered_tensors(model, adapter_name)
-    }
-
-
-def selection_report(model: nn.Module, adapter_name: str = "default") -> str:
-    """Return a few lines of text: how much of the model is covered, and how the child spreads over blocks and tensors.
-
-    Raises:
-        SelectionError: there is no such adapter, or no child yet.
-    """
-    network = get_child_network(model, adapter_name)
-    model = _unwrapped(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    total = sum(
-        math.prod(shape_of(p))
-        for name, p in base.named_parameters()
-        if ".child_tuning_" not in name and ".modules_to_save." not in name
-    )
-    lines = [
-        f"Child network: {network.nnz:,} of {network.numel:,} covered weights ({network.density:.3%}); "
-        f"{network.numel / total:.1%} of the model's {total:,} weights are covered."
-    ]
-    by_block: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    by_kind: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    groups = _groups(model, network.children)
-    for name, child in network.children.items():
-        block = groups[name]
-        kind = name.removeprefix(f"{block}.") if block else name
-        for table, key in ((by_block, block or "outside blocks"), (by_kind, kind)):
-            table[key][0] += child.nnz
-            table[key][1] += child.grid.numel
-    for title, table in (("block", by_block), ("tensor", by_kind)):
-        width = max(map(len, table))
-        lines.append(f"{title:<{width}}  share of child  density")
-        lines += [
-            f"{key:<{width}}  {kept / max(1, network.nnz):>14.1%}  {kept / numel:>7.2%}"
-            for key, (kept, numel) in table.items()
-        ]
-    return "\n".join(lines)
