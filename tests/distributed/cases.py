@@ -1,8 +1,6 @@
 """What the processes of one run do, by name: `python cases.py FOLDER NAME...` leaves what each found in FOLDER."""
 
 # no lazy annotations: DDP looks at those of its hooks
-import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, select_child_network
 from peft_childtune.codec import write_step_
+from tests.distributed.launching import answer
 from tests.distributed.trainers import trained_by_trainer
 from tests.distributed.training import (
     base_model,
@@ -249,16 +248,6 @@ def fsdp2_bf16(folder: Path) -> dict[str, Any]:
     return {name: full(delta) for name, delta in deltas.items()}
 
 
-def main(folder: Path, names: list[str]) -> None:
-    """Form a process group, run the cases, and save what this process found."""
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
-    torch.use_deterministic_algorithms(True)
-    dist.init_process_group("gloo")
-    for name in names:
-        torch.save((dist.get_world_size(), CASES[name](folder)), folder / f"{name}-{dist.get_rank()}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    dist.init_process_group("gloo")
+    answer(CASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin
 from peft import PeftModel, get_peft_model
 from torch import nn
-from training import CONFIGS, base_model, child_model, collate, global_batches, rows, shard, state_of
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 from transformers.integrations import HfDeepSpeedConfig
 
 from peft_childtune import ChildNetwork, ChildTuningConfig, get_child_network, get_deltas, select_child_network
+from tests.distributed.launching import answer
+from tests.distributed.training import CONFIGS, base_model, child_model, collate, global_batches, rows, shard, state_of
 
 CASES: dict[str, Callable[[Path], Any]] = {}
 PARTS = 2
@@ -239,20 +239,15 @@ CASES |= {
 CASES |= {"trainer_zero2": _by_trainer(2), "trainer_zero3": _by_trainer(3)}
 
 
-def main(folder: Path, names: list[str]) -> None:
-    """Form a process group, run the cases, and save what this process found."""
-    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
-    torch.use_deterministic_algorithms(True)
+def _connect(folder: Path) -> None:
+    """Form a process group, and leave a model that all load."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for minutes
     deepspeed.init_distributed("gloo")
     if dist.get_rank() == 0:
         base_model().save_pretrained(folder / "base")
     dist.barrier()
-    for name in names:
-        torch.save((dist.get_world_size(), CASES[name](folder)), folder / f"{name}-{dist.get_rank()}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    _connect(Path(sys.argv[1]))
+    answer(CASES)

@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+collect_ignore = ["file_tracker.py"]  # a program that other processes run
+
 SUBJECTS = ("film", "plot", "cast", "score", "scene", "script")
 GOOD = ("good", "fine", "great", "lovely")
 BAD = ("bad", "dull", "awful", "weak")
