@@ -26,17 +26,22 @@ def make_accelerator(args: argparse.Namespace, project: str) -> Accelerator:
     """Return the accelerator of this process, its trackers started with the command line's values.
 
     Raises:
-        SystemExit: a tracker's package is not installed.
+        SystemExit: the processes do not know of each other, or a tracker's package is not installed.
     """
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if precision is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if bf16 else "no"
     accelerator = Accelerator(mixed_precision=precision, log_with=args.log_with, project_dir=args.output or ".")
+    if accelerator.num_processes == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SystemExit(
+            f"{os.environ['WORLD_SIZE']} processes were started, but each runs alone: accelerate has found no device "
+            "for them. To try it out on CPUs, set ACCELERATE_USE_CPU=true."
+        )
     if args.log_with:
         found = {str(name) for name in accelerator.log_with}
         if missing := [name for name in args.log_with if name not in found | {"all"}]:
-            raise SystemExit(f"--log-with {' '.join(missing)}: not installed")
+            raise SystemExit(f"--log-with {' '.join(missing)}: not installed; pip install it")
         plain = (bool, float, int, str)  # what trackers take
         config = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
         accelerator.init_trackers(project, config=config)

@@ -5,6 +5,8 @@ Each function but the first two is a collective: every process has to call it.
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,9 @@ from .errors import SelectionError
 
 __all__ = ["agree", "failing_together", "is_first_rank", "rank", "sum_over_ranks_", "world_size"]
 
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 30  # seconds until a process says what it waits for
 _SHARED = "_peft_childtune_is_shared"  # on an error that every process has heard of
 
 
@@ -48,7 +53,23 @@ def sum_over_ranks_(tensor: Tensor) -> None:
 
 def _gather(value: str | None) -> list[str | None]:
     gathered: list[str | None] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    # a process that never comes leaves the others waiting without a word
+    hint = threading.Timer(
+        _PATIENCE,
+        logger.warning,
+        [
+            "process %d has waited %d s for the others: they are still at work, or they do not call "
+            "`select_child_network`. Every process has to: not only the main one, and not under `main_process_first`.",
+            rank(),
+            _PATIENCE,
+        ],
+    )
+    hint.daemon = True
+    hint.start()
+    try:
+        dist.all_gather_object(gathered, value)
+    finally:
+        hint.cancel()
     return gathered
 
 

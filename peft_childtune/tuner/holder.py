@@ -30,7 +30,8 @@ _NOT_SELECTED = """{name}: adapter {adapter!r} has no child network yet, so noth
     from peft_childtune import select_child_network
     select_child_network(model, train_dataloader{argument})
 
-before training. (score="magnitude", "random" and mode="task_free" need no data.)"""
+before training; where a trainer wraps the model itself, as TRL's do, give it callbacks=[ChildTuningCallback()].
+(score="magnitude", "random" and mode="task_free" need no data.)"""
 
 
 class AdapterHolder(BaseTunerLayer):

@@ -142,6 +142,8 @@ def estimate_memory(
         raise ConfigError(f"optimizer_bytes={optimizer_bytes!r} is no size; use 8 for AdamW.")
     if not isinstance(config, ChildTuningConfig):
         raise ConfigError(f"config: {type(config).__name__} is no ChildTuningConfig.")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: {type(model).__name__} is no model; build one, on the meta device if it is large.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedError("the model is wrapped already; give the base model: `model.unload()` returns it.")
     wrapped = _wrapped_skeleton(model, config)

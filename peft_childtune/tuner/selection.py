@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError, TargetError
 from ..network import ChildNetwork
-from ..ranks import agree, failing_together, is_first_rank
+from ..ranks import agree, failing_together, is_first_rank, world_size
 from ..scores import magnitude_scores, score_parameters
 from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
 from ..weights import sampled_digest
@@ -21,7 +22,7 @@ from .config import ChildTuningConfig
 from .inspection import config_of, groups_of, selection_report, unwrapped
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
 from .offload import onloaded, out_of_reach
-from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
+from .sharding import ZERO3, is_in_ddp, is_in_engine, refuse_sharded, sharding_of
 from .shards import without_repeats
 from .steps import watch_optimizers
 
@@ -114,12 +115,13 @@ def select_child_network(
     Scores are taken on the base model, all adapters off, in eval mode; every flag and gradient is put back.
     Make the optimizer afterwards: one that was made before does not hold the child's deltas.
 
-    With several processes this is a collective: call it on every one, before the model is wrapped for training (before
-    `accelerator.prepare`). Each scores its share of the data: a dataloader that accelerate or Trainer has prepared.
-    (The whole of the data on every process gives the same child, only later.) The sums are added up, every example
-    counting once, and every process installs the same child: the one that a single process would choose, except that
-    scores which agree to float32 rounding may change places, as their sums are taken in another order. Equal scores
-    are taken in the order of tensors and positions.
+    With several processes this is a collective: call it on every one (not only on the main one, and not under
+    `main_process_first`), before the model is wrapped for training (before `accelerator.prepare`). Each scores its
+    share of the data: a dataloader that accelerate or Trainer has prepared. (The whole of the data on every process
+    gives the same child, only later.) The sums are added up, every example counting once, and every process installs
+    the same child: the one that a single process would choose, except that scores which agree to float32 rounding may
+    change places, as their sums are taken in another order. Equal scores are taken in the order of tensors and
+    positions.
 
     Args:
         model: a model with a `ChildTuningConfig` adapter that has not been trained yet.
@@ -157,6 +159,7 @@ def select_child_network(
     """
     if isinstance(dataloader, str | os.PathLike | ChildNetwork):
         raise ConfigError("dataloader: a child network goes to `network`: select_child_network(model, network=...).")
+    _warn_of_missing_group()
     with failing_together():
         _check_not_wrapped(model)
         model = unwrapped(model)
@@ -224,8 +227,18 @@ _DIFFERENT_MODELS = (
 )
 
 
+def _warn_of_missing_group() -> None:
+    if world_size() == 1 and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        warnings.warn(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but the processes have not been connected, so this one chooses a "
+            "child of its own; make the Accelerator or TrainingArguments first (or call "
+            "torch.distributed.init_process_group), and without accelerators set ACCELERATE_USE_CPU=true.",
+            stacklevel=3,
+        )
+
+
 def _check_not_wrapped(model: nn.Module) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel) or is_in_ddp(model):
         raise SelectionError(
             "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "
             "select_child_network before wrapping (before `accelerator.prepare`), on every process."

@@ -1,6 +1,8 @@
 """What the processes of one run do, by name: `python cases.py FOLDER NAME...` leaves what each found in FOLDER."""
 
 # no lazy annotations: DDP looks at those of its hooks
+import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
-from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, select_child_network
+from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, ranks, select_child_network
 from peft_childtune.codec import write_step_
 from tests.distributed.launching import answer
 from tests.distributed.trainers import trained_by_trainer
@@ -130,13 +132,33 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
     if last:
         poisoned[-1] = {**poisoned[-1], "labels": torch.full_like(poisoned[-1]["labels"], 77)}  # no such class
     network = get_child_network(_selectable(score="random", seed=place()[0]))
+    ddp = wrapped(child_model("f_fixed"), "ddp")
     different = get_peft_model(base_model(seed=place()[0]), ChildTuningConfig(task_type="SEQ_CLS"))
     return [
         _error_of(lambda: select_child_network(_selectable(), poisoned, show_progress=False)),
         _error_of(lambda: select_child_network(_selectable(), None if last else shard(), show_progress=False)),
         _error_of(lambda: select_child_network(_selectable(), network=network)),
         _error_of(lambda: select_child_network(different, shard(), show_progress=False)),
+        _error_of(lambda: select_child_network(ddp)),
+        _error_of(lambda: select_child_network(ddp.module)),
     ]
+
+
+@case
+def one_comes_late(folder: Path) -> list[str]:
+    """Return what the processes that wait have said."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger(ranks.__name__).addHandler(handler)
+    ranks._PATIENCE = 1
+    model = _selectable(score="random")
+    wrapped(model, "ddp")  # and done with it, which is no reason to refuse the model
+    if place()[0] == place()[1] - 1:
+        time.sleep(3)
+    select_child_network(model)
+    ranks._PATIENCE = 30
+    return said
 
 
 def _numbered(model: torch.nn.Module) -> None:

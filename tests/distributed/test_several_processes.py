@@ -34,7 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, list[Any]]:
-    names = [*(f"{how}_{kind}" for how in HOW for kind in KINDS), "ddp_traffic", "uneven_shards", "one_fails"]
+    names = [
+        *(f"{how}_{kind}" for how in HOW for kind in KINDS),
+        "ddp_traffic",
+        "uneven_shards",
+        "one_fails",
+        "one_comes_late",
+    ]
     # these three change what accelerate takes the processes for
     names += [*TRAINERS, "fsdp2_bf16", *CHECKPOINTS, "fsdp2_saving", *SHARDED_TRAINERS, "trainer_sharded_checkpoint"]
     return run_cases(names, 2, folder)
@@ -154,6 +160,17 @@ def test_processes_that_hold_different_children_or_models_are_refused(two):
     for run in two["one_fails"]:
         assert run[2][0] == "SelectionError" and "chose different children" in run[2][1]
         assert run[3][0] == "SelectionError" and "transformers.set_seed" in run[3][1]
+
+
+def test_a_model_in_ddp_is_refused_also_when_it_is_unwrapped(two):
+    for run in two["one_fails"]:
+        for kind, message in run[4:]:
+            assert kind == "SelectionError" and "is in DistributedDataParallel already" in message
+
+
+def test_a_process_that_waits_for_others_says_what_for(two):
+    first, last = two["one_comes_late"]
+    assert len(first) == 1 and "Every process has to" in first[0] and last == []
 
 
 def test_a_gathered_fsdp2_adapter_is_complete(two, folder):

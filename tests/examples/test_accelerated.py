@@ -93,3 +93,9 @@ def test_losses_and_metrics_of_all_seeds_are_logged_at_steps_that_only_grow(logg
         assert [step for step, _ in losses] == [start + 1, start + 2, start + 3]
         assert [values[f"seed {seed}/learning rate"] for _, values in losses] == pytest.approx(rates)
         assert [step for step, values in logged if f"seed {seed}/accuracy" in values] == [start + 3]
+
+
+def test_processes_that_each_run_alone_are_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as `accelerate launch` sets it; without LOCAL_RANK nothing is connected
+    with pytest.raises(SystemExit, match="ACCELERATE_USE_CPU=true"):
+        make_accelerator(parsed(""), "project")

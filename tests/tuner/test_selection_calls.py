@@ -246,3 +246,9 @@ def test_deltas_are_copies(toy):
         delta.indices.zero_()
     assert not any(bool(d.values.any()) for d in get_deltas(model).values())
     assert get_child_network(model) == get_child_network(_wrapped(toy(), score="magnitude"))
+
+
+def test_processes_that_are_not_connected_are_warned_of(toy, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="WORLD_SIZE=2, but the processes have not been connected"):
+        _select(_wrapped(toy(), score="random"))
