@@ -1,6 +1,6 @@
 """What the processes of one training run have to agree on, over torch.distributed; with one process nothing happens.
 
-Each function but the first two is a collective: every process has to call it.
+The functions from `sum_over_ranks_` on are collectives: every process has to call them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import SelectionError
 
-__all__ = ["agree", "failing_together", "is_first_rank", "rank", "sum_over_ranks_", "world_size"]
+__all__ = ["agree", "failing_together", "is_first_rank", "rank", "sum_over_ranks_", "unwrapped", "world_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,13 @@ def rank() -> int:
 def is_first_rank() -> bool:
     """Return whether this is the process that shows bars and messages."""
     return rank() == 0
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DataParallel, DistributedDataParallel or `torch.compile`."""
+    is_wrapper = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner = model.module if is_wrapper else getattr(model, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def sum_over_ranks_(tensor: Tensor) -> None:

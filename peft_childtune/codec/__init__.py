@@ -2,13 +2,15 @@
 
 from .child import decode_child, encode_child
 from .header import FORMAT_VERSION
-from .step import advance_step_, read_step, step_view, write_step_
+from .step import STEP_BYTES, advance_step_, is_resampled, read_step, step_view, write_step_
 
 __all__ = [
     "FORMAT_VERSION",
+    "STEP_BYTES",
     "advance_step_",
     "decode_child",
     "encode_child",
+    "is_resampled",
     "read_step",
     "step_view",
     "write_step_",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import FormatError
 from .header import MAGIC, RESAMPLED
 
-_BYTES = 8  # little-endian int64
+STEP_BYTES = 8  # little-endian int64
 
 
 def step_view(code: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def step_view(code: Tensor) -> Tensor:
     Raises:
         FormatError: not a uint8 vector of at least 8 bytes.
     """
-    if code.dtype != torch.uint8 or code.ndim != 1 or code.numel() < _BYTES:
+    if code.dtype != torch.uint8 or code.ndim != 1 or code.numel() < STEP_BYTES:
         raise FormatError(f"code: {code.dtype} of shape {tuple(code.shape)}; a step is in the last 8 bytes of a code.")
-    tail = code.detach()[-_BYTES:]
+    tail = code.detach()[-STEP_BYTES:]
     if _is_viewable(tail):
         return tail.view(torch.int64)
     return (tail.to(torch.int64) << _shifts(tail.device)).sum(0, keepdim=True)
@@ -81,7 +81,7 @@ def advance_step_(code: Tensor, by: Tensor | int = 1) -> None:
 
 
 def _store_(code: Tensor, step: Tensor) -> None:
-    tail = code.detach()[-_BYTES:]
+    tail = code.detach()[-STEP_BYTES:]
     if _is_viewable(tail):
         tail.view(torch.int64).copy_(step)
     else:
@@ -91,14 +91,19 @@ def _store_(code: Tensor, step: Tensor) -> None:
 def _is_viewable(tail: Tensor) -> bool:
     if torch.compiler.is_compiling():  # a traced program cannot ask where a tensor begins
         return False
-    return tail.stride(0) == 1 and tail.storage_offset() % _BYTES == 0 and sys.byteorder == "little"
+    return tail.stride(0) == 1 and tail.storage_offset() % STEP_BYTES == 0 and sys.byteorder == "little"
 
 
 def _shifts(device: torch.device) -> Tensor:
-    return torch.arange(0, 8 * _BYTES, 8, device=device)
+    return torch.arange(0, 8 * STEP_BYTES, 8, device=device)
+
+
+def is_resampled(code: Tensor) -> bool:
+    """Return whether a code is that of a resampled child, the only kind that has a step."""
+    start = bytes(code[:4].tolist()) if code.dtype == torch.uint8 and code.ndim == 1 else b""
+    return start[:2] == MAGIC and start[3:] == bytes([RESAMPLED])
 
 
 def _refuse_other_codings(code: Tensor) -> None:
-    start = bytes(code[:4].tolist()) if code.dtype == torch.uint8 and code.ndim == 1 else b""
-    if start[:2] != MAGIC or start[3:] != bytes([RESAMPLED]):
+    if not is_resampled(code):
         raise FormatError("code: not of a resampled child; only such a code has a step.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_childtune.errors import ScoreError
-from peft_childtune.ranks import agree, failing_together, is_first_rank, sum_over_ranks_
+from peft_childtune.ranks import agree, failing_together, is_first_rank, sum_over_ranks_, unwrapped, world_size
 from peft_childtune.scores.batch import detached_to, loss_of
 from peft_childtune.scores.batchwise import BatchFisher, BatchGradients, MeanGradient
 from peft_childtune.scores.fisher import PerExampleFisher
@@ -89,9 +89,10 @@ def score_parameters(
             f"dataloader is a {type(dataloader).__name__}, not an iterable of batches; pass a DataLoader, or a list."
         )
     with failing_together():  # nobody waits below for a process that has failed
-        distinct = _distinct(_unwrapped(model), parameters)
+        distinct = _distinct(unwrapped(model), parameters)
+    with failing_together():  # apart: a dataloader may begin with a collective of its own
         scorer, tally = _pass(
-            _unwrapped(model),
+            unwrapped(model),
             distinct,
             dataloader,
             score=score,
@@ -150,20 +151,18 @@ def _pass(
         else:
             scorer = _BATCHWISE[score](parameters, loss_of_batch, device=device)
         batches = _batches(dataloader, num_batches, title=_TITLES[score] if show_progress else None)
-        for index, batch in enumerate(batches):
-            size, loss = scorer.add(detached_to(batch, home), index)
-            tally += torch.tensor([size, 1, 0, 0] if math.isnan(loss) else [size, 1, loss * size, size])
-            if index == 0 and not math.isnan(loss):  # at once, not after a pass over all the data
-                _check_not_all_zero(scorer.sums)
+        try:
+            for index, batch in enumerate(batches):
+                size, loss = scorer.add(detached_to(batch, home), index)
+                tally += torch.tensor([size, 1, 0, 0] if math.isnan(loss) else [size, 1, loss * size, size])
+                if index == 0 and not math.isnan(loss):  # at once, not after a pass over all the data
+                    _check_not_all_zero(scorer.sums)
+        except Exception:
+            if world_size() > 1:  # accelerate's `dispatch_batches` has all processes fetch together
+                for _ in batches:
+                    pass
+            raise
     return scorer, tally
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel or `torch.compile`, in which no hook of ours would run."""
-    inner = (
-        model.module if isinstance(model, nn.parallel.DistributedDataParallel) else getattr(model, "_orig_mod", None)
-    )
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _distinct(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from .loading import PEFT_PREFIX, head_tensors, sealed_tensor
 from .offload import fill_away_, is_away
 
 __all__ = ["adopt_state_dict"]
+
+logger = logging.getLogger(__name__)
 
 
 def _take(found: dict[str, Tensor], path: str, kind: str) -> Tensor | None:
@@ -126,6 +129,14 @@ def adopt_state_dict(
         if pending is not None:
             pending.discard()
         raise
+    if any(
+        values is not None and _is_rounded(values, layer, adapter_name) for layer, _, _, values in arrived.values()
+    ):
+        logger.warning(
+            "adapter %r was saved with rounded deltas (`save_dtype`), from which its training goes on now: what was "
+            "below their precision is lost. Checkpoints to resume from need save_dtype=None.",
+            adapter_name,
+        )
     _shape_after(arrived, adapter_name, config)
     if pending is not None:
         pending.postpone(seals[0]) if later else pending.finish()
@@ -135,6 +146,11 @@ def adopt_state_dict(
         if later or "child_tuning_seal" not in k
     }
     return {**rest, **wide}
+
+
+def _is_rounded(values: Tensor, layer: ChildTuningLayer, adapter_name: str) -> bool:
+    trained = [p for p in layer._values(adapter_name).parameters() if p.requires_grad]
+    return any(p.element_size() > values.element_size() for p in trained)
 
 
 def _shape_after(arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, config: ChildTuningConfig) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import SelectionError
+from ..ranks import agree
 from .config import ChildTuningConfig
 from .install import layers_of
 from .selection import select_child_network
@@ -29,7 +30,8 @@ class ChildTuningCallback(TrainerCallback):
     before the optimizer is made and the model distributed; callbacks that are added later come too late. Children that
     are there already, loaded or in no need of data, stay as they are. Resuming brings the checkpoint's child along: it
     replaces the one chosen here, and where `args.resume_from_checkpoint` names a checkpoint, none is chosen at all.
-    (A `model_init` makes another model when training starts: choose inside it.)
+    (A `model_init` makes another model when training starts: choose inside it.) The loss is the model's own, not what
+    a trainer's `compute_loss` or label smoothing makes of it: pass `loss_fn` for another.
 
     Args:
         dataloader: batches to choose by, or a function without arguments that returns them, called only if they are
@@ -84,7 +86,9 @@ class ChildTuningCallback(TrainerCallback):
         if not (waiting := self._without_child(model)):
             return
         checkpoint = args.resume_from_checkpoint
-        if checkpoint is not None and os.path.isdir(checkpoint):
+        resumes = checkpoint is not None and os.path.isdir(checkpoint)
+        agree(f"resumes: {resumes}", what=f"{checkpoint} has to be there for all, or for none.")
+        if resumes:
             logger.info("%s brings its child along, so none is chosen.", checkpoint)
             return
         dataloader = _training_batches() if self.dataloader is None else self.dataloader
@@ -96,7 +100,7 @@ class ChildTuningCallback(TrainerCallback):
                 loss_fn=self.loss_fn,
                 adapter_name=adapter_name,
                 scores_device=self.scores_device,
-                show_progress=self.show_progress and not args.disable_tqdm and state.is_local_process_zero,
+                show_progress=self.show_progress and not args.disable_tqdm,
             )
 
     def _without_child(self, model: nn.Module) -> list[str]:

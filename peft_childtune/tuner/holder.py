@@ -34,7 +34,11 @@ before training; where a trainer wraps the model itself, as TRL's do, give it ca
 (score="magnitude", "random" and mode="task_free" need no data.)"""
 
 
-class AdapterHolder(BaseTunerLayer):
+class _Plain:
+    """First among the bases: `fully_shard` changes a layer's class, which Python allows only below a plain one."""
+
+
+class AdapterHolder(_Plain, BaseTunerLayer):
     """The state of the adapters on one module; `ChildTuningLayer` computes with it."""
 
     adapter_layer_names: tuple[str, ...] = ("child_tuning_values",)

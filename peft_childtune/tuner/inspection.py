@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError, SelectionError
 from ..network import ChildNetwork
+from ..ranks import unwrapped
 from ..sparse import SparseDelta, TensorChild
 from .config import ChildTuningConfig
 from .gathered import shape_of
@@ -18,14 +19,7 @@ from .install import covered_tensors, grids_of
 from .sharding import refuse_sharded
 from .targets import block_names, block_of
 
-__all__ = ["config_of", "get_child_network", "get_deltas", "groups_of", "selection_report", "unwrapped"]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DataParallel or DistributedDataParallel."""
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
+__all__ = ["config_of", "get_child_network", "get_deltas", "groups_of", "selection_report"]
 
 
 def config_of(model: nn.Module, adapter_name: str) -> ChildTuningConfig:

@@ -16,6 +16,7 @@ from ..kernels import Edit, StepGate, compose_parameter
 from ..ranks import world_size
 from ..sparse import compose_entries
 from ..weights import merge_, restore_
+from .ddp import check_synchronised
 from .gathered import is_partitioned, remember_base
 from .holder import AdapterHolder
 from .offload import follow_tied_, is_away, onloaded, out_of_reach
@@ -52,6 +53,8 @@ class ChildTuningLayer(AdapterHolder):
             if holder is None or parameter not in holder._parameters:
                 continue
             values = holder._parameters[parameter]  # not `get`: ZeRO-3 gathers what is read like this
+            if not _is_traced() and torch.is_grad_enabled() and values.requires_grad:
+                check_synchronised(values, owner.full_name(parameter))
             found = owner.decoded(adapter_name, parameter, base)  # type: ignore[arg-type]  # as its delta, it is there
             if "_hf_hook" in module.__dict__:  # an offloaded base comes to its execution device, the delta does not
                 values = values.to(found.device)

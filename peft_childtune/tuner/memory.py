@@ -138,7 +138,7 @@ def estimate_memory(
     """
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
         raise ConfigError(f"shards={shards!r} is no number of devices; use an integer >= 1.")
-    if not optimizer_bytes >= 0:
+    if not isinstance(optimizer_bytes, int | float) or not 0 <= optimizer_bytes < math.inf:
         raise ConfigError(f"optimizer_bytes={optimizer_bytes!r} is no size; use 8 for AdamW.")
     if not isinstance(config, ChildTuningConfig):
         raise ConfigError(f"config: {type(config).__name__} is no ChildTuningConfig.")

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..codec import STEP_BYTES, is_resampled
 from ..errors import SelectionError, UnsupportedError
 from ..ranks import rank
 from ..seal import Sealed, make_seal
@@ -61,6 +62,18 @@ def _parted(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor
     return next((key for key, tensor in saved.items() if not tensor.numel()), None)
 
 
+def _check_code(key: str, code: Tensor, *, live: Tensor) -> None:
+    """Raise unless a coded child from a state dict is the one that the model has, at whatever step."""
+    if code is live or live.is_meta:
+        return
+    payload = slice(None, -STEP_BYTES) if is_resampled(live) else slice(None)
+    if code.shape != live.shape or not torch.equal(code[payload].cpu(), live[payload].cpu()):
+        raise SelectionError(
+            f"{key}: the state dict holds the delta of another child than the model has now, so the two cannot be "
+            "saved together; take the state dict after the selection, or after loading."
+        )
+
+
 def adapter_state_dict(
     model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -112,6 +125,7 @@ def adapter_state_dict(
                 values = _whole(
                     values_key, state_dict[values_key], layer._values(adapter_name).get(parameter), sharding
                 )
+                _check_code(values_key, code, live=layer._code(adapter_name).get(parameter))
                 if config.save_dtype is not None:
                     values = values.to(_DTYPES[config.save_dtype])
                 out[code_key], out[values_key] = code, values

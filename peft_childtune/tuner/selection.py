@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError, TargetError
 from ..network import ChildNetwork
-from ..ranks import agree, failing_together, is_first_rank, world_size
+from ..ranks import agree, failing_together, is_first_rank, unwrapped, world_size
 from ..scores import magnitude_scores, score_parameters
 from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
 from ..weights import sampled_digest
 from .config import ChildTuningConfig
-from .inspection import config_of, groups_of, selection_report, unwrapped
+from .inspection import config_of, groups_of, selection_report
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
 from .offload import onloaded, out_of_reach
-from .sharding import ZERO3, is_in_ddp, is_in_engine, refuse_sharded, sharding_of
+from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
 from .shards import without_repeats
 from .steps import watch_optimizers
 
@@ -166,7 +166,8 @@ def select_child_network(
         config = config_of(model, adapter_name)
         _check_whole(model, needs_weights=network is None and (config.needs_data or config.score == "magnitude"))
         _check_untrained(model, adapter_name, config)
-    agree(sampled_digest(dict(model.named_parameters())), what=_DIFFERENT_MODELS)
+    if world_size() > 1:
+        agree(sampled_digest(dict(model.named_parameters())), what=_DIFFERENT_MODELS)
     with failing_together():
         if network is not None:
             children = _given(network, dataloader)
@@ -203,7 +204,8 @@ def select_child_network(
         # from an accelerator, where the scores were, to where all else of a child network is kept
         children = {name: _on_cpu(child) for name, child in children.items()}
         chosen = ChildNetwork(children)
-    agree(f"child {chosen.digest()}", what="the processes chose different children, so none of them can be trained.")
+    rule = f" of seed {config.seed} and density {config.density}" if config.resample else ""
+    agree(f"child {chosen.digest()}{rule}", what="the processes chose different children; none can be trained.")
     with failing_together():
         install_children(model, adapter_name, children, config=config)
     layers = layers_of(model, adapter_name).values()
@@ -238,7 +240,7 @@ def _warn_of_missing_group() -> None:
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel) or is_in_ddp(model):
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         raise SelectionError(
             "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "
             "select_child_network before wrapping (before `accelerator.prepare`), on every process."

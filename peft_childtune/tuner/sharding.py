@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..ranks import world_size
 from ..weights import is_sharded
 from .gathered import is_partitioned
 from .layer import child_layers
 from .loading import PEFT_PREFIX
 
-__all__ = ["ZERO3", "is_in_ddp", "is_in_engine", "keep_codes_out_of_ddp", "refuse_sharded", "sharding_of"]
+__all__ = ["ZERO3", "is_in_engine", "keep_codes_out_of_ddp", "refuse_sharded", "sharding_of"]
 
 ZERO3 = "DeepSpeed ZeRO-3"
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
@@ -31,21 +28,6 @@ def keep_codes_out_of_ddp(base: nn.Module) -> None:
     others = [name for name in getattr(base, _DDP_IGNORES, ()) if ".child_tuning_code." not in name]
     # DDP finds this list whether it wraps the base or the PeftModel around it
     setattr(base, _DDP_IGNORES, [*others, *codes, *(f"{PEFT_PREFIX}{name}" for name in codes)])
-
-
-def is_in_ddp(model: nn.Module) -> bool:
-    """Return whether a DistributedDataParallel holds a model: to the model itself it leaves no trace."""
-
-    def holders() -> list[nn.Module]:
-        kind = nn.parallel.DistributedDataParallel
-        # by `type`: `isinstance` would ask objects that make up their class when asked
-        found = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-        return [ddp for ddp in found if any(module is model for module in ddp.modules())]
-
-    if world_size() == 1 or not holders():
-        return False
-    gc.collect()  # one that is done with may not be gone yet
-    return bool(holders())
 
 
 def sharding_of(model: nn.Module) -> str | None:
@@ -70,7 +52,7 @@ def _divided_by(tensor: Tensor) -> str | None:
     # by what they carry: DeepSpeed is optional, and slow to import
     if is_partitioned(tensor):
         return ZERO3
-    return "FSDP2" if is_sharded(tensor) else None
+    return "FSDP2 (or tensor parallelism)" if is_sharded(tensor) else None
 
 
 def refuse_sharded(model: nn.Module, *, what: str, instead: str) -> None:

@@ -37,11 +37,20 @@ class _Distinct(Iterable[Any], Sized):
     def __iter__(self) -> Iterator[Any]:
         for batch in self.dataloader:
             size = batch_size(batch)
+            remainder = self._remainder()
             # the rule by which `gather_for_metrics` drops them: the real ones come first in the order of processes
-            if self.dataloader.end_of_dataloader and self.dataloader.remainder > 0 and size:
-                kept = min(size, max(0, self.dataloader.remainder - rank() * size))
+            if self.dataloader.end_of_dataloader and remainder > 0 and size:
+                kept = min(size, max(0, remainder - rank() * size))
                 if kept < size:
                     batch = examples(batch, slice(0, kept), size=size)
                 if not kept:
                     continue
             yield batch
+
+    def _remainder(self) -> int:
+        """Return how many examples the last batches of all processes hold: of what is sampled, not of the dataset."""
+        loader = self.dataloader
+        sampler = getattr(getattr(loader.batch_sampler, "batch_sampler", None), "sampler", None)
+        if isinstance(loader, DataLoaderShard) and loader.remainder >= 0 and isinstance(sampler, Sized):
+            return int(len(sampler) % loader.total_batch_size)
+        return int(loader.remainder)

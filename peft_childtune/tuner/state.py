@@ -113,10 +113,10 @@ class ChildCode(nn.Module):
             return None
         self._decode(parameter, tuple(base.shape), base.device, name)
         found = self._decoded[parameter]
-        if found.numel != base.numel():
+        if found.numel != base.numel() or type(base).__name__ == "DTensor":
             raise UnsupportedError(
-                f"{name}: has {base.numel()} entries here and {found.numel} in whole: FSDP has divided it among "
-                "processes, and brings it in only during the model's own forward and backward."
+                f"{name}: FSDP has divided it among processes, and brings it in only during the forward and backward "
+                "of the unit it belongs to; let whole blocks be the units, not what is inside of an adapted layer."
             )
         return found
 

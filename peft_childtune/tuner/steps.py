@@ -23,14 +23,18 @@ __all__ = ["count_steps", "refuse_steps_on", "watch_optimizers"]
 # step: `.to`, copies and sharding exchange them, and FSDP2's forward sees others than the optimizer holds.
 _COUNTED: weakref.WeakKeyDictionary[ChildCode, tuple[weakref.ref[ChildValues], set[str]]] = weakref.WeakKeyDictionary()
 _HOOK: list[Any] = []
+# The optimizers whose step is under way, innermost last, with what was counted inside: one may call another's step
+# (ZeroRedundancyOptimizer on its share, Lookahead), or its own class's, and torch runs the hooks for each.
+_UNDER_WAY: list[tuple[weakref.ref[torch.optim.Optimizer], set[tuple[int, str]]]] = []
 _REPLACED: Any = WeakTensorKeyDictionary()
 _WATCHED: Any = WeakTensorKeyDictionary()
 _GUARD: list[Any] = []
 
 
 def count_steps(holder: ChildValues, code: ChildCode, parameter: str) -> None:
-    """Advance the step counter in a coded child by one whenever an optimizer has stepped on its delta."""
+    """Advance the step counter in a coded child by one whenever an optimizer that holds its delta has stepped."""
     if not _HOOK:
+        _HOOK.append(register_optimizer_step_pre_hook(_enter_step))
         _HOOK.append(register_optimizer_step_post_hook(_after_step))
     if (deepspeed := sys.modules.get("deepspeed.runtime.engine")) is not None:
         _watch_engines(deepspeed.DeepSpeedEngine)
@@ -40,10 +44,22 @@ def count_steps(holder: ChildValues, code: ChildCode, parameter: str) -> None:
     found[1].add(parameter)
 
 
+def _enter_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    _UNDER_WAY.append((weakref.ref(optimizer), set()))
+
+
+def _leave_step(optimizer: torch.optim.Optimizer) -> set[tuple[int, str]]:
+    """Return what was counted already inside of the step that ends now."""
+    while _UNDER_WAY:  # steps that have raised have left entries behind
+        entered, counted = _UNDER_WAY.pop()
+        if entered() is optimizer:
+            return counted
+    return set()
+
+
 @torch.no_grad()
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if not _COUNTED:
-        return
+    counted = _leave_step(optimizer)
     # A gradient scaler that found an overflow calls no step at all, except for fused optimizers: those step, and
     # skip inside.
     skipped: Tensor | None = getattr(optimizer, "found_inf", None)
@@ -52,8 +68,13 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if (present := holder()) is None:
             continue
         for parameter in names:
-            if id(present.get(parameter)) in stepped and (buffer := code._buffers.get(parameter)) is not None:
+            if (id(code), parameter) in counted or id(present.get(parameter)) not in stepped:
+                continue
+            if (buffer := code._buffers.get(parameter)) is not None:
                 advance_step_(buffer, 1 if skipped is None else (1 - skipped).to(torch.int64).to(buffer.device))
+                counted.add((id(code), parameter))
+    if _UNDER_WAY:
+        _UNDER_WAY[-1][1].update(counted)
 
 
 def _watch_engines(engine_class: Any) -> None:
@@ -119,10 +140,8 @@ class _Watch:
                 self.is_over = True
                 warnings.warn(
                     f"an {type(optimizer).__name__} has stepped twice without the deltas of adapter "
-                    f"{self.adapter_name!r}, so "
-                    "its child is not trained; make the optimizer after `select_child_network`, from the "
-                    "parameters that "
-                    "require gradients.",
+                    f"{self.adapter_name!r}, so its child is not trained; make the optimizer after "
+                    "`select_child_network`, from the parameters that require gradients.",
                     stacklevel=4,
                 )
 

@@ -98,12 +98,15 @@ def ddp_traffic(folder: Path) -> dict[str, Any]:
     return {"moved": sum(moved) / 2, "trained": trained, "writes": written, "codes": len(codes)}
 
 
-def _digest(loader: Any, score: str) -> str:
-    return select_child_network(_selectable(score=score), loader, show_progress=False).digest()
+def _digest(loader: Any, score: str) -> tuple[str, int]:
+    """Return the child's digest, and how many examples were counted: a small child does not tell one more or less."""
+    model = _selectable(score=score)
+    digest = select_child_network(model, loader, show_progress=False).digest()
+    return digest, model.peft_config["default"].selection["examples"]
 
 
 @case
-def uneven_shards(folder: Path) -> dict[str, str]:
+def uneven_shards(folder: Path) -> dict[str, tuple[str, int]]:
     """Select from 23 examples that are divided in several uneven ways."""
     rank, world = place()
     whole = rows()[:23]
@@ -120,6 +123,17 @@ def uneven_shards(folder: Path) -> dict[str, str]:
 
 
 @case
+def sampled_shards(folder: Path) -> list[int]:
+    """Count the examples of samplers that are shorter than their dataset."""
+    accelerator = Accelerator()
+    found = []
+    for number in (9, 12, 17):
+        loader = DataLoader(rows(), 4, sampler=list(range(number)), collate_fn=collate)
+        found.append(_digest(accelerator.prepare(loader), "gradient")[1])
+    return found
+
+
+@case
 def bar_on_the_first_process(folder: Path) -> None:
     select_child_network(_selectable(), shard())
 
@@ -132,7 +146,13 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
     if last:
         poisoned[-1] = {**poisoned[-1], "labels": torch.full_like(poisoned[-1]["labels"], 77)}  # no such class
     network = get_child_network(_selectable(score="random", seed=place()[0]))
-    ddp = wrapped(child_model("f_fixed"), "ddp")
+    ddp, late = wrapped(child_model("f_fixed"), "ddp"), wrapped(_selectable(score="random"), "ddp")
+    late.module.add_adapter("late", ChildTuningConfig(task_type="SEQ_CLS", score="random", density=0.05))
+    late.module.set_adapter("late")
+    masks = wrapped(child_model("f_resampled", seed=place()[0]), "ddp")
+    resampled = get_peft_model(
+        base_model(), ChildTuningConfig(task_type="SEQ_CLS", mode="task_free", resample=True, seed=place()[0])
+    )
     different = get_peft_model(base_model(seed=place()[0]), ChildTuningConfig(task_type="SEQ_CLS"))
     return [
         _error_of(lambda: select_child_network(_selectable(), poisoned, show_progress=False)),
@@ -140,7 +160,9 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         _error_of(lambda: select_child_network(_selectable(), network=network)),
         _error_of(lambda: select_child_network(different, shard(), show_progress=False)),
         _error_of(lambda: select_child_network(ddp)),
-        _error_of(lambda: select_child_network(ddp.module)),
+        _error_of(lambda: late.train()(**shard()[0])),
+        _error_of(lambda: masks.train()(**shard()[0])),
+        _error_of(lambda: select_child_network(resampled)),
     ]
 
 

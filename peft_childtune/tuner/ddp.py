@@ -1,0 +1,50 @@
+"""What DistributedDataParallel does not see to: deltas made after it, and children that differ between processes."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import SelectionError
+from ..ranks import agree
+from ..weights import digest
+
+__all__ = ["check_synchronised"]
+
+_KNOWN: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()  # the parameters of each, by their ids
+
+
+def check_synchronised(values: Tensor, name: str) -> None:
+    """Raise if a trained delta takes part in a forward of a DistributedDataParallel that does not synchronise it.
+
+    At the first such forward of a model its children are compared over the processes, which is a collective.
+
+    Raises:
+        SelectionError: the delta was made after the model was wrapped, so each process would train its own; or the
+            processes hold different children.
+    """
+    active: Any = DistributedDataParallel._active_ddp_module
+    if active is None:
+        return
+    if active not in _KNOWN:
+        agree(f"children {_digest(active.module)}", what=_DIFFERENT)
+        _KNOWN[active] = frozenset(map(id, active._module_parameters))
+    if id(values) not in _KNOWN[active]:
+        raise SelectionError(
+            f"{name}: its delta was made after the model was wrapped in DistributedDataParallel, which does not "
+            "synchronise its gradient; choose the child, add and load adapters before (before `accelerator.prepare`)."
+        )
+
+
+_DIFFERENT = (
+    "the children that are trained together have to be the same: give every process the same configuration, `seed` "
+    "above all, and the same base model."
+)
+
+
+def _digest(model: nn.Module) -> str:
+    codes = [buffer for name, buffer in model.named_buffers() if ".child_tuning_code." in name]
+    return digest("codes", *codes).hex()
