@@ -1,6 +1,8 @@
 """What the processes of one run do, by name: `python cases.py FOLDER NAME...` leaves what each found in FOLDER."""
 
 # no lazy annotations: DDP looks at those of its hooks
+import contextlib
+import io
 import logging
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, ranks, select_child_network
 from peft_childtune.codec import write_step_
+from peft_childtune.tuner import ChildTuningLayer
 from tests.distributed.launching import answer
 from tests.distributed.trainers import trained_by_trainer
 from tests.distributed.training import (
@@ -134,8 +137,42 @@ def sampled_shards(folder: Path) -> list[int]:
 
 
 @case
-def bar_on_the_first_process(folder: Path) -> None:
-    select_child_network(_selectable(), shard())
+def progress_bars(folder: Path) -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        select_child_network(_selectable(), shard())
+    return shown.getvalue()
+
+
+@case
+def fsdp2_evaluation(folder: Path) -> dict[str, Any]:
+    """Evaluate on few tokens, twice, and count what is kept of composed weights."""
+    model = wrapped(child_model("f_fixed", init_weights=False), "fsdp2").eval()
+    with torch.no_grad():
+        logits = [model(**collate(rows()[:2])).logits for _ in range(2)]
+    kept = [len(m._compose_cache._kept) for m in model.modules() if isinstance(m, ChildTuningLayer)]
+    return {"logits": logits, "kept": sum(kept), "layers": len(kept)}
+
+
+@case
+def fsdp2_units(folder: Path) -> dict[str, Any]:
+    """Make each adapted layer a unit, and then what is inside of one; add an adapter to such a model."""
+    model = child_model("f_fixed")
+    for module in list(model.modules()):
+        if isinstance(module, ChildTuningLayer):
+            fully_shard(module)
+    fully_shard(model)
+    train(model)
+    inner = child_model("f_fixed")
+    for module in list(inner.modules()):
+        if isinstance(module, torch.nn.Linear):
+            fully_shard(module)
+    fully_shard(inner)
+    config = ChildTuningConfig(task_type="SEQ_CLS", score="random", density=0.05)
+    return {
+        **state_of(model),
+        "inner": _error_of(lambda: inner.train()(**shard()[0])),
+        "added": _error_of(lambda: model.add_adapter("late", config)),
+    }
 
 
 @case

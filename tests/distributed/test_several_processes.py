@@ -23,7 +23,7 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    names = [*(f"one_{kind}" for kind in KINDS), *TRAINERS, "uneven_shards"]
+    names = [*(f"one_{kind}" for kind in KINDS), *TRAINERS, "uneven_shards", "fsdp2_evaluation"]
     return {name: found[0] for name, found in run_cases(names, 1, tmp_path_factory.mktemp("one")).items()}
 
 
@@ -34,13 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, list[Any]]:
-    names = [
-        *(f"{how}_{kind}" for how in HOW for kind in KINDS),
-        "ddp_traffic",
-        "uneven_shards",
-        "one_fails",
-        "one_comes_late",
-    ]
+    names = [f"{how}_{kind}" for how in HOW for kind in KINDS]
+    names += ["ddp_traffic", "uneven_shards", "sampled_shards", "progress_bars", "one_fails", "one_comes_late"]
+    names += ["fsdp2_evaluation", "fsdp2_units"]
     # these three change what accelerate takes the processes for
     names += [*TRAINERS, "fsdp2_bf16", *CHECKPOINTS, "fsdp2_saving", *SHARDED_TRAINERS, "trainer_sharded_checkpoint"]
     return run_cases(names, 2, folder)
@@ -147,6 +143,11 @@ def test_ddp_moves_a_number_for_each_trained_entry_and_never_writes_into_coded_c
 def test_uneven_shards_choose_the_child_of_one_process(processes, one, request):
     for run in request.getfixturevalue(processes)["uneven_shards"]:
         assert run == one["uneven_shards"]
+        assert {examples for _, examples in run.values()} == {23}
+
+
+def test_samplers_that_are_shorter_than_their_dataset_are_counted_right(two):
+    assert two["sampled_shards"] == [[9, 12, 17]] * 2
 
 
 def test_all_stop_when_one_process_fails(two):
@@ -162,15 +163,45 @@ def test_processes_that_hold_different_children_or_models_are_refused(two):
         assert run[3][0] == "SelectionError" and "transformers.set_seed" in run[3][1]
 
 
-def test_a_model_in_ddp_is_refused_also_when_it_is_unwrapped(two):
+def test_what_ddp_would_not_synchronise_is_refused(two):
     for run in two["one_fails"]:
-        for kind, message in run[4:]:
-            assert kind == "SelectionError" and "is in DistributedDataParallel already" in message
+        selected, late, masks, resampled = run[4:]
+        assert {kind for kind, _ in run[4:]} == {"SelectionError"}
+        assert "is in DistributedDataParallel already" in selected[1]
+        assert "made after the model was wrapped" in late[1]
+        assert "the same configuration, `seed` above all" in masks[1]
+        assert "of seed 1" in resampled[1] and "chose different children" in resampled[1]
 
 
 def test_a_process_that_waits_for_others_says_what_for(two):
     first, last = two["one_comes_late"]
     assert len(first) == 1 and "Every process has to" in first[0] and last == []
+
+
+def test_the_first_process_alone_shows_a_bar(two):
+    first, second = two["progress_bars"]
+    assert "Fisher information" in first and second == ""
+
+
+def test_a_sharded_model_evaluates_as_a_whole_one_and_keeps_no_composed_weights(two, one):
+    for run in two["fsdp2_evaluation"]:
+        assert run["layers"] > 0 and run["kept"] == 0
+        for logits, expected in zip(run["logits"], one["fsdp2_evaluation"]["logits"], strict=True):
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)  # products of other shapes
+
+
+def test_adapted_layers_can_be_sharding_units_themselves(two, one):
+    for run in two["fsdp2_units"]:
+        for name, values in run["trained"].items():
+            error = (values - one["one_f_fixed"]["trained"][name]).norm() / values.norm()
+            assert float(error) < 1e-4, name
+
+
+def test_units_inside_of_an_adapted_layer_and_late_adapters_are_refused(two):
+    for run in two["fsdp2_units"]:
+        assert run["inner"][0] == run["added"][0] == "UnsupportedError"
+        assert "let whole blocks be the units" in run["inner"][1]
+        assert "before the model is wrapped" in run["added"][1]
 
 
 def test_a_gathered_fsdp2_adapter_is_complete(two, folder):

@@ -188,3 +188,40 @@ def test_targeted_embeddings_are_saved_as_their_delta_and_not_whole(family, tmp_
         shapes = {n: file.get_slice(n).get_shape() for n in file.keys()}
     assert not [n for n, shape in shapes.items() if "child_tuning_" not in n and "embedding" in n]
     assert sum(shape[0] for n, shape in shapes.items() if "child_tuning_values" in n) == round(0.1 * 40 * 16)
+
+
+def test_a_state_dict_from_before_a_selection_is_not_saved_with_the_child_of_after(toy, tmp_path):
+    model = _trained(toy, init_weights=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = get_child_network(model)
+    shifted = {name: (first.shapes[name], positions) for name, positions in first.indices.items()}
+    other = ChildNetwork.from_indices(
+        {
+            name: ((positions + 1) % torch.Size(shape).numel()).sort().values
+            for name, (shape, positions) in shifted.items()
+        },
+        first.shapes,
+    )
+    select_child_network(model, network=other)
+    with pytest.raises(SelectionError, match="of another child than the model has now"):
+        model.save_pretrained(tmp_path, state_dict=before)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_resampled_adapter_is_saved_from_a_state_dict_of_an_earlier_step(toy, batches, tmp_path):
+    model = get_peft_model(toy(), ChildTuningConfig(mode="task_free", resample=True, density=0.5)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batches[0]).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path, state_dict=before)
+    loaded = PeftModel.from_pretrained(toy(), tmp_path)
+    assert all(not bool(delta.values.any()) for delta in get_deltas(loaded).values())
+
+
+@pytest.mark.parametrize("save_dtype", [None, "bfloat16"])
+def test_training_that_goes_on_from_rounded_deltas_is_warned_of(save_dtype, toy, tmp_path, caplog):
+    model = _trained(toy, save_dtype=save_dtype)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)  # as Trainer resumes
+    assert ("rounded deltas" in caplog.text) == (save_dtype is not None)

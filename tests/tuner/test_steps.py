@@ -247,3 +247,46 @@ def test_a_fixed_random_child_has_no_mask_and_no_counter(toy, batches):
 def test_resampling_is_announced_with_what_it_does_to_the_file(toy, caplog):
     _resampled(toy())
     assert "the saved delta is dense, 108 values" in caplog.text
+
+
+class _Wrapper(torch.optim.Optimizer):
+    """Calls another optimizer on the same parameters, as Lookahead and ZeroRedundancyOptimizer do."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+class _Derived(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", ["wrapper", "derived", "derived of one that is in use"])
+def test_a_step_inside_of_a_step_is_not_counted_again(kind, toy, batches):
+    model = _resampled(toy())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if kind == "derived of one that is in use":
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)  # torch adds its hooks to a class on first use
+    optimizer = _Wrapper(_sgd(model)) if kind == "wrapper" else _Derived(parameters, lr=0.1)
+    for _ in range(3):
+        _backward(model, batches[0])
+        optimizer.step()
+    assert set(_steps(model)) == {3}
+
+
+def test_a_step_that_raises_leaves_the_next_one_counted(toy, batches):
+    model = _resampled(toy())
+    optimizer = _sgd(model)
+
+    def closure():
+        raise RuntimeError("no loss")
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step(closure)
+    _backward(model, batches[0])
+    optimizer.step()
+    assert set(_steps(model)) == {1}
