@@ -208,7 +208,7 @@ class ChildTuningLayer(AdapterHolder):
         Args:
             parameter: its name in the base layer.
             base: the tensor to look at; None for the base layer's own (a gathered state dict may hold the whole of a
-            shard).
+                shard).
 
         Raises:
             UnsupportedError: it is on the meta device.

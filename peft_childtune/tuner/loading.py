@@ -126,7 +126,7 @@ class PendingLoad:
         peft_config: the model's table of configurations.
         before: what was trainable and active before, to be put back if the adapter is refused.
         sized: whether its configuration listed what will come; if not, nothing need come, as the child may be a
-        fresh one.
+            fresh one.
     """
 
     adapter_name: str

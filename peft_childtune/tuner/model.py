@@ -23,7 +23,7 @@ from .offload import bring_in_
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
 from .selection import data_free_children
-from .sharding import ZERO3, keep_codes_out_of_ddp, sharding_of
+from .sharding import ZERO3, is_in_engine, keep_codes_out_of_ddp, sharding_of
 from .snapshot import Snapshot
 from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
@@ -85,9 +85,10 @@ class ChildTuningModel(BaseTuner):
         config: ChildTuningConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         if not isinstance(config, ChildTuningConfig):
             raise ConfigError(f"adapter {adapter_name!r}: {type(config).__name__} is no ChildTuningConfig.")
-        if (divided_by := sharding_of(model)) not in (None, ZERO3):
+        divided_by = "DeepSpeed" if is_in_engine(model) else sharding_of(model)
+        if divided_by not in (None, ZERO3):  # models that are built under `deepspeed.zero.Init` can have adapters
             raise UnsupportedError(
-                f"adapter {adapter_name!r}: {divided_by} has divided the model's weights among processes; add and "
+                f"adapter {adapter_name!r}: {divided_by} has the model in hand already; add and "
                 "load adapters before the model is wrapped (before `accelerator.prepare`)."
             )
         before = Snapshot(model)

@@ -50,7 +50,7 @@ def _whole(key: str, tensor: Tensor, own: Tensor | None, sharding: str | None) -
     return tensor.detach()
 
 
-def _parted(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> str | None:
+def _first_sharded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> str | None:
     """Return the key of a tensor to be saved of which ZeRO-3 has left nothing here, or None."""
     keys = [
         f"{path}.child_tuning_values.{adapter_name}.{parameter}"
@@ -95,11 +95,11 @@ def adapter_state_dict(
         return {}
     layers = layers_of(model, adapter_name)
     sharding = sharding_of(model)
-    if sharding == ZERO3 and (parted := _parted(model, adapter_name, state_dict)):
+    if sharding == ZERO3 and (missing := _first_sharded(model, adapter_name, state_dict)):
         if rank() > 0:  # `accelerator.get_state_dict` gives None there: PEFT asks, and writes nothing
-            return {parted: torch.empty(1, device="meta")}  # nor could it write this
+            return {missing: torch.empty(1, device="meta")}  # nor could it write this
         raise UnsupportedError(
-            f"{parted}: DeepSpeed ZeRO-3 has divided it among processes. Gather the weights, by a call on every "
+            f"{missing}: DeepSpeed ZeRO-3 has divided it among processes. Gather the weights, by a call on every "
             "process: model.save_pretrained(path, is_main_process=accelerator.is_main_process, "
             "state_dict=accelerator.get_state_dict(engine)), with stage3_gather_16bit_weights_on_model_save: true in "
             "DeepSpeed's configuration; or let Trainer save."

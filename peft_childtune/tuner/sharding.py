@@ -36,7 +36,7 @@ def sharding_of(model: nn.Module) -> str | None:
         if type(module).__name__ == "FullyShardedDataParallel":
             return "FSDP1"
         for tensor in module._parameters.values():
-            if tensor is not None and (name := _divided_by(tensor)) is not None:
+            if tensor is not None and (name := _sharded_by(tensor)) is not None:
                 return name
     return None
 
@@ -48,7 +48,7 @@ def is_in_engine(model: nn.Module) -> bool:
     return is_engine or any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
 
 
-def _divided_by(tensor: Tensor) -> str | None:
+def _sharded_by(tensor: Tensor) -> str | None:
     # by what they carry: DeepSpeed is optional, and slow to import
     if is_partitioned(tensor):
         return ZERO3

@@ -6,6 +6,7 @@ import functools
 import sys
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _COUNTED: weakref.WeakKeyDictionary[ChildCode, tuple[weakref.ref[ChildValues], s
 _HOOK: list[Any] = []
 # The optimizers whose step is under way, innermost last, with what was counted inside: one may call another's step
 # (ZeroRedundancyOptimizer on its share, Lookahead), or its own class's, and torch runs the hooks for each.
-_UNDER_WAY: list[tuple[weakref.ref[torch.optim.Optimizer], set[tuple[int, str]]]] = []
+_UNDER_WAY: list[tuple[weakref.ref[torch.optim.Optimizer], set[int]]] = []
 _REPLACED: Any = WeakTensorKeyDictionary()
 _WATCHED: Any = WeakTensorKeyDictionary()
 _GUARD: list[Any] = []
@@ -44,12 +45,23 @@ def count_steps(holder: ChildValues, code: ChildCode, parameter: str) -> None:
     found[1].add(parameter)
 
 
+def _counted_deltas() -> Iterator[tuple[ChildValues, nn.Parameter, Tensor]]:
+    """Yield the deltas whose steps count: their holder, the parameter that it has now, and the code that counts."""
+    for code, (holder, names) in list(_COUNTED.items()):
+        if (present := holder()) is None:
+            continue
+        for parameter in names:
+            values, buffer = present.get(parameter), code._buffers.get(parameter)
+            if values is not None and buffer is not None:
+                yield present, values, buffer
+
+
 def _enter_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     _UNDER_WAY.append((weakref.ref(optimizer), set()))
 
 
-def _leave_step(optimizer: torch.optim.Optimizer) -> set[tuple[int, str]]:
-    """Return what was counted already inside of the step that ends now."""
+def _leave_step(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the ids of the deltas that were counted already inside of the step that ends now."""
     while _UNDER_WAY:  # steps that have raised have left entries behind
         entered, counted = _UNDER_WAY.pop()
         if entered() is optimizer:
@@ -64,15 +76,10 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # skip inside.
     skipped: Tensor | None = getattr(optimizer, "found_inf", None)
     stepped = {id(values) for group in optimizer.param_groups for values in group["params"]}
-    for code, (holder, names) in list(_COUNTED.items()):
-        if (present := holder()) is None:
-            continue
-        for parameter in names:
-            if (id(code), parameter) in counted or id(present.get(parameter)) not in stepped:
-                continue
-            if (buffer := code._buffers.get(parameter)) is not None:
-                advance_step_(buffer, 1 if skipped is None else (1 - skipped).to(torch.int64).to(buffer.device))
-                counted.add((id(code), parameter))
+    for _holder, values, buffer in _counted_deltas():
+        if id(values) in stepped and id(values) not in counted:
+            advance_step_(buffer, 1 if skipped is None else (1 - skipped).to(torch.int64).to(buffer.device))
+            counted.add(id(values))
     if _UNDER_WAY:
         _UNDER_WAY[-1][1].update(counted)
 
@@ -103,14 +110,9 @@ def _after_engine_step(engine: Any) -> None:
     inside = {id(module) for module in engine.module.modules() if isinstance(module, ChildValues)}
     # without ZeRO, in float32, the optimizer does hold the deltas, and `_after_step` has counted
     held = {id(values) for group in engine.basic_optimizer.param_groups for values in group["params"]}
-    for code, (holder, names) in list(_COUNTED.items()):
-        if (present := holder()) is None or id(present) not in inside:
-            continue
-        for parameter in names:
-            values, buffer = present.get(parameter), code._buffers.get(parameter)
-            is_trained = values is not None and values.requires_grad and id(values) not in held
-            if is_trained and buffer is not None:
-                advance_step_(buffer)
+    for holder, values, buffer in _counted_deltas():
+        if id(holder) in inside and values.requires_grad and id(values) not in held:
+            advance_step_(buffer)
 
 
 def refuse_steps_on(values: nn.Parameter) -> None:
