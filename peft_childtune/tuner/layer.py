@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 from ..kernels import Edit, StepGate, compose_parameter
 from ..ranks import world_size
 from ..sparse import compose_entries
-from ..weights import merge_, restore_
+from ..weights import is_sharded, merge_, restore_
 from .ddp import check_synchronised
 from .gathered import is_partitioned, remember_base
 from .holder import AdapterHolder
@@ -133,10 +133,10 @@ class ChildTuningLayer(AdapterHolder):
         self._require_child(adapter_name)
         for parameter in self.covered:
             values = self._values(adapter_name).get(parameter)
-            if is_partitioned(self.base_parameter(parameter)):
+            if is_partitioned(base := self.base_parameter(parameter)) or is_sharded(base):
                 raise UnsupportedError(
-                    f"{self.full_name(parameter)}: DeepSpeed ZeRO-3 has divided it among processes; save the adapter, "
-                    "and merge it in one process, or merge and unmerge inside `deepspeed.zero.GatheredParameters`."
+                    f"{self.full_name(parameter)}: is divided among processes; save the adapter, and merge it into a "
+                    "base that one process has loaded (under ZeRO-3, `deepspeed.zero.GatheredParameters` does, too)."
                 )
             if values is not None:
                 yield (

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from peft_childtune.errors import ScoreError
+from peft_childtune.ranks import unwrapped
 from peft_childtune.scores import DATA_SCORES, score_parameters
-from peft_childtune.scores.score import _unwrapped
 
 
 class Model(nn.Module):
@@ -159,4 +159,4 @@ def test_a_train_method_that_does_more_than_set_a_flag_is_not_called(model):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch
 def test_a_compiled_model_is_scored_uncompiled(model):
-    assert _unwrapped(torch.compile(model, backend="eager")) is model
+    assert unwrapped(torch.compile(model, backend="eager")) is model
