@@ -83,7 +83,7 @@ def _present(weight: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether this process holds only its part of a tensor (`DTensor`, as FSDP2 leaves parameters)."""
-    return type(tensor.data).__name__ == "DTensor"  # not by the class, whose import takes half a second
+    return type(tensor).__name__ == "DTensor"  # of parameters, too; not by the class, whose import takes half a second
 
 
 def _place(weight: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

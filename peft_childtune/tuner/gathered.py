@@ -17,7 +17,7 @@ __all__ = ["is_partitioned", "remember_base", "remembered_fingerprint", "shape_o
 
 def is_partitioned(tensor: Tensor) -> bool:
     """Return whether ZeRO-3 has left of a parameter only this process's part, which its `data` does not show."""
-    return hasattr(tensor, "ds_id") and not tensor.numel()
+    return not tensor.numel() and hasattr(tensor, "ds_id")
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
