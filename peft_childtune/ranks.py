@@ -80,6 +80,12 @@ def _gather(value: str | None) -> list[str | None]:
     return gathered
 
 
+def _shared(error: Exception) -> Exception:
+    """Return an error that every process is about to raise, marked as such."""
+    setattr(error, _SHARED, True)
+    return error
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """Raise on every process if the block raises on one, instead of letting the others wait for it for ever.
@@ -101,13 +107,10 @@ def failing_together() -> Iterator[None]:
             raise
     messages = _gather(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
-        setattr(error, _SHARED, True)
-        raise error
+        raise _shared(error)
     for number, message in enumerate(messages):
         if message is not None:
-            other = SelectionError(f"process {number} of {len(messages)} has failed, so all stop. {message}")
-            setattr(other, _SHARED, True)
-            raise other
+            raise _shared(SelectionError(f"process {number} of {len(messages)} has failed, so all stop. {message}"))
 
 
 def agree(value: str, *, what: str) -> None:
@@ -125,6 +128,5 @@ def agree(value: str, *, what: str) -> None:
     found = _gather(value)
     for number, other in enumerate(found):
         if other != found[0]:
-            error = SelectionError(f"process {number} of {len(found)} has {other}, process 0 has {found[0]}: {what}")
-            setattr(error, _SHARED, True)
-            raise error
+            differ = f"process {number} of {len(found)} has {other}, process 0 has {found[0]}: {what}"
+            raise _shared(SelectionError(differ))

@@ -129,9 +129,7 @@ def adopt_state_dict(
         if pending is not None:
             pending.discard()
         raise
-    if any(
-        values is not None and _is_rounded(values, layer, adapter_name) for layer, _, _, values in arrived.values()
-    ):
+    if any(_is_rounded(values, layer, adapter_name) for layer, _, _, values in arrived.values()):
         logger.warning(
             "adapter %r was saved with rounded deltas (`save_dtype`), from which its training goes on now: what was "
             "below their precision is lost. Checkpoints to resume from need save_dtype=None.",
@@ -148,9 +146,9 @@ def adopt_state_dict(
     return {**rest, **wide}
 
 
-def _is_rounded(values: Tensor, layer: ChildTuningLayer, adapter_name: str) -> bool:
+def _is_rounded(values: Tensor | None, layer: ChildTuningLayer, adapter_name: str) -> bool:
     trained = [p for p in layer._values(adapter_name).parameters() if p.requires_grad]
-    return any(p.element_size() > values.element_size() for p in trained)
+    return values is not None and any(p.element_size() > values.element_size() for p in trained)
 
 
 def _shape_after(arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, config: ChildTuningConfig) -> None:

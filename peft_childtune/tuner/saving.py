@@ -113,7 +113,7 @@ def adapter_state_dict(
             name = layer.full_name(parameter)
             base = state_dict.get(f"{path}.base_layer.{parameter}")
             code, values = torch.zeros(0, dtype=torch.uint8), torch.zeros(0)
-            if layer._values(adapter_name).get(parameter) is not None:
+            if (own := layer._values(adapter_name).get(parameter)) is not None:
                 code_key, values_key = (
                     f"{path}.child_tuning_{kind}.{adapter_name}.{parameter}" for kind in ("code", "values")
                 )
@@ -121,11 +121,10 @@ def adapter_state_dict(
                     raise SelectionError(
                         f"{name}: the state dict to be saved lacks {values_key}; pass the model's whole state dict."
                     )
-                code = state_dict.get(code_key, layer._code(adapter_name).get(parameter))
-                values = _whole(
-                    values_key, state_dict[values_key], layer._values(adapter_name).get(parameter), sharding
-                )
-                _check_code(values_key, code, live=layer._code(adapter_name).get(parameter))
+                live = layer._code(adapter_name).get(parameter)
+                code = state_dict.get(code_key, live)
+                values = _whole(values_key, state_dict[values_key], own, sharding)
+                _check_code(values_key, code, live=live)
                 if config.save_dtype is not None:
                     values = values.to(_DTYPES[config.save_dtype])
                 out[code_key], out[values_key] = code, values

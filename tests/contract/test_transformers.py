@@ -23,6 +23,7 @@ from tests.contract.families import (
     train,
     wrap,
 )
+from tests.training.runs import ARGUMENTS
 
 GENERATIVE = ["gpt2", "llama", "t5"]
 
@@ -151,23 +152,10 @@ class Sentences(Dataset):
 
 
 def trainer_for(model, folder, **options):
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "save_steps": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 5,
-        "logging_strategy": "no",
-    }
     rows = Sentences()
-    return Trainer(model, TrainingArguments(**(arguments | options)), train_dataset=rows, eval_dataset=rows)
+    return Trainer(
+        model, TrainingArguments(str(folder), **(ARGUMENTS | options)), train_dataset=rows, eval_dataset=rows
+    )
 
 
 KINDS = {"D": {}, "F": {"mode": "task_free", "resample": True}}

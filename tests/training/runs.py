@@ -21,6 +21,21 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 STEPS, CHECKPOINT = 6, 3
 
+ARGUMENTS: dict[str, Any] = {
+    "max_steps": STEPS,
+    "save_steps": CHECKPOINT,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "weight_decay": 0.1,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "seed": 5,
+    "logging_strategy": "no",
+}
+
 
 def base(**options: Any) -> nn.Module:
     """Return the encoder: with dropout, so that the random state matters."""
@@ -73,24 +88,8 @@ def trainer_for(
     **options: Any,
 ) -> Trainer:
     """Return a trainer of six steps over two micro-batches each, a checkpoint in the middle of the first epoch."""
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "save_steps": CHECKPOINT,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 5,
-        "logging_strategy": "no",
-    }
     table = rows()
-    arguments = TrainingArguments(**(arguments | options))
+    arguments = TrainingArguments(str(folder), **(ARGUMENTS | {"warmup_steps": 2} | options))
     return Trainer(
         model,
         arguments,
