@@ -1,20 +1,27 @@
 r"""The seal of an adapter: digests of what a weights file holds and fingerprints of the base it was made for.
 
-The seal is one uint8 tensor, stored in the file only. Layout, little-endian, 24 + 49 n + 33 m bytes:
+The seal is one uint8 tensor, stored in the file only. Layout, little-endian, 56 + 57 n + 41 m bytes:
 
     8   magic "CTSEAL\0" and the format's major version
+    2   the format's minor version
+    2   zero
+    4   required features, one bit each
     4   n, the number of covered base tensors
     4   m, the number of `modules_to_save` tensors
-    n x 49   hash of the name (8), digest of code and values (16), fingerprint of the base tensor (25)
-    m x 33   hash of the name (8), fingerprint of the whole tensor (25)
+    16  digest of the configuration's own fields
+    8   zero
+    n x 57   hash of the name (8), digest of code and values (16), fingerprint of the base tensor (33)
+    m x 41   hash of the name (8), fingerprint of the tensor (33)
     8   xxh3-64 of everything before it
 
-Records are sorted by the hash of their name.
+Records are sorted by the hash of their name. Readers refuse another major version and required features that they do
+not know. They accept a newer minor version, which may
+give a meaning to bytes that are zero here, but changes no length.
 """
 
 from __future__ import annotations
 
-import logging
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,16 +29,26 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .errors import BaseMismatchError, FormatError, IntegrityError
-from .weights import FINGERPRINT_BYTES, Fingerprint, digest, fingerprint, matches
+from .errors import FormatError, IntegrityError
+from .weights import FINGERPRINT_BYTES, Fingerprint, digest, fingerprint
 
-__all__ = ["Sealed", "make_seal", "seal_bytes", "verify_seal"]
+__all__ = [
+    "Seal",
+    "Sealed",
+    "child_digest",
+    "head_fingerprint",
+    "make_seal",
+    "name_hash",
+    "read_seal",
+    "seal_bytes",
+]
 
-logger = logging.getLogger(__name__)
-
-_MAGIC = b"CTSEAL\0\x01"
-_CHILD_RECORD = 8 + 16 + FINGERPRINT_BYTES
-_HEAD_RECORD = 8 + FINGERPRINT_BYTES
+_MAJOR = 1
+_FEATURES = 0  # required ones that this release knows: none yet
+_HEADER = struct.Struct("<7sBHHIII16s8s")
+_CHILD_RECORD = struct.Struct(f"<8s16s{FINGERPRINT_BYTES}s")
+_HEAD_RECORD = struct.Struct(f"<8s{FINGERPRINT_BYTES}s")
+_MAGIC = b"CTSEAL\0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,131 +66,98 @@ class Sealed:
     fingerprint: Callable[[], Fingerprint]
 
 
-def _hash(name: str) -> bytes:
+def name_hash(name: str) -> bytes:
+    """Return the 8 bytes under which a seal holds a tensor."""
     return xxhash.xxh3_64_digest(name.encode())
 
 
-def _digest(name: str, entry: Sealed) -> bytes:
+def child_digest(name: str, entry: Sealed) -> bytes:
+    """Return the 16 bytes that depend on a base tensor's name, and on the code and the delta stored for it."""
     # float32 holds every value of the narrower dtypes exactly, so a loader that widens does not break the digest
     return digest(name, entry.code, entry.values.to(torch.float32))
 
 
-def _head_fingerprint(tensor: Tensor) -> Fingerprint:
+def head_fingerprint(tensor: Tensor) -> Fingerprint:
+    """Return the fingerprint of all of a `modules_to_save` tensor."""
     if not tensor.is_floating_point():  # a counter, say: its bits are the same in every precision
         bits = int.from_bytes(digest("", tensor)[:8], "little")
-        return Fingerprint(0, (bits, bits, bits))
+        return Fingerprint(0, (bits, bits, bits), bits)
     return fingerprint(tensor, torch.arange(tensor.numel(), device=tensor.device))
+
+
+@dataclass(frozen=True)
+class Seal:
+    """The content of a seal.
+
+    Attributes:
+        config: digest of the configuration's own fields.
+        children: by the hash of the base tensor's name, the digest of its child and the base tensor's fingerprint.
+        heads: fingerprints of `modules_to_save` tensors, likewise.
+    """
+
+    config: bytes
+    children: dict[bytes, tuple[bytes, Fingerprint]]
+    heads: dict[bytes, Fingerprint]
 
 
 def seal_bytes(children: int, heads: int) -> int:
     """Return the length of the seal of so many covered tensors and `modules_to_save` tensors."""
-    return len(_MAGIC) + 8 + children * _CHILD_RECORD + heads * _HEAD_RECORD + 8
+    return _HEADER.size + children * _CHILD_RECORD.size + heads * _HEAD_RECORD.size + 8
 
 
-def make_seal(children: Mapping[str, Sealed], heads: Mapping[str, Tensor]) -> Tensor:
+def make_seal(children: Mapping[str, Sealed], heads: Mapping[str, Tensor], *, config: bytes) -> Tensor:
     """Return the seal, uint8 `(seal_bytes(...),)`, of what is about to be saved.
 
     Args:
         children: every covered base tensor, by the base model's own name of it.
         heads: every `modules_to_save` tensor, by the base model's own name of it.
+        config: 16 bytes, the digest of the configuration's own fields.
     """
-    out = bytearray(_MAGIC + len(children).to_bytes(4, "little") + len(heads).to_bytes(4, "little"))
-    for name in sorted(children, key=_hash):
+    out = bytearray(_HEADER.pack(_MAGIC, _MAJOR, 0, 0, 0, len(children), len(heads), config, bytes(8)))
+    for name in sorted(children, key=name_hash):
         entry = children[name]
-        out += _hash(name) + _digest(name, entry) + entry.fingerprint().to_bytes()
-    for name in sorted(heads, key=_hash):
-        out += _hash(name) + _head_fingerprint(heads[name]).to_bytes()
+        out += _CHILD_RECORD.pack(name_hash(name), child_digest(name, entry), entry.fingerprint().to_bytes())
+    for name in sorted(heads, key=name_hash):
+        out += _HEAD_RECORD.pack(name_hash(name), head_fingerprint(heads[name]).to_bytes())
     out += xxhash.xxh3_64_digest(bytes(out))
     return torch.frombuffer(out, dtype=torch.uint8).clone()
 
 
-def _read(seal: Tensor) -> tuple[dict[bytes, tuple[bytes, Fingerprint]], dict[bytes, Fingerprint]]:
-    raw = bytes(seal.detach().cpu().contiguous().numpy().tobytes()) if seal.dtype is torch.uint8 else b""
-    start = len(_MAGIC) + 8
-    if len(raw) < start or raw[: len(_MAGIC)] != _MAGIC:
-        raise FormatError(
-            "child_tuning_seal: is not a seal of format version 1; the file is damaged or was written by a newer "
-            "release."
-        )
-    n, m = (int.from_bytes(raw[i : i + 4], "little") for i in (len(_MAGIC), len(_MAGIC) + 4))
-    if len(raw) != seal_bytes(n, m):
+def read_seal(seal: Tensor) -> Seal:
+    """Return what a seal says.
+
+    Args:
+        seal: uint8, `(bytes,)`.
+
+    Raises:
+        FormatError: it is none, or one of a newer format.
+        IntegrityError: it was changed since.
+    """
+    raw = seal.detach().cpu().contiguous().numpy().tobytes() if seal.dtype is torch.uint8 else b""
+    if len(raw) < _HEADER.size or not raw.startswith(_MAGIC):
+        raise FormatError("child_tuning_seal: is not a seal; the file is damaged: fetch it again.")
+    _, major, _, _, features, n, m, config, _ = _HEADER.unpack_from(raw)
+    if major == _MAJOR and len(raw) != seal_bytes(n, m):
         raise FormatError(
             f"child_tuning_seal: {len(raw)} bytes, but {n} children and {m} heads need {seal_bytes(n, m)}; "
             "the file is damaged, fetch it again."
         )
     if xxhash.xxh3_64_digest(raw[:-8]) != raw[-8:]:
         raise IntegrityError("child_tuning_seal: differs from what was saved; the file is damaged, fetch it again.")
-    children: dict[bytes, tuple[bytes, Fingerprint]] = {}
-    for at in range(start, start + n * _CHILD_RECORD, _CHILD_RECORD):
-        record = raw[at : at + _CHILD_RECORD]
-        children[record[:8]] = (record[8:24], Fingerprint.from_bytes(record[24:]))
-    heads: dict[bytes, Fingerprint] = {}
-    for at in range(start + n * _CHILD_RECORD, len(raw) - 8, _HEAD_RECORD):
-        record = raw[at : at + _HEAD_RECORD]
-        heads[record[:8]] = Fingerprint.from_bytes(record[8:])
-    return children, heads
-
-
-def _check_names(what: str, sealed: set[bytes], found: Mapping[str, object]) -> None:
-    hashes = {_hash(name): name for name in found}
-    for key, name in hashes.items():
-        if key not in sealed:
-            raise IntegrityError(
-                f"{name}: the adapter was saved without this {what}; its configuration and its weights file do not "
-                "belong together, or the base model has other modules than the one it was made for."
-            )
-    if sealed - set(hashes):
-        raise IntegrityError(
-            f"{len(sealed - set(hashes))} of the {len(sealed)} {what}s that were saved are not in this model; the "
-            "base model is another one, or `target_modules` differs. Present, for example: "
-            f"{next(iter(found), 'none')}."
+    if major != _MAJOR:
+        raise FormatError(
+            f"child_tuning_seal: has format version {major}, and this release reads version {_MAJOR}; update "
+            "peft_childtune."
         )
-
-
-def verify_seal(seal: Tensor, children: Mapping[str, Sealed], heads: Mapping[str, Tensor]) -> None:
-    """Check that everything is what was saved and that the base is the one it was made for.
-
-    Args:
-        seal: as made by `make_seal`.
-        children: every covered base tensor of the model, with what the file holds for it.
-        heads: every `modules_to_save` tensor, as the file holds it.
-
-    Raises:
-        FormatError: the seal itself is malformed.
-        IntegrityError: a tensor was changed since, is missing, or is one too many.
-        BaseMismatchError: a base tensor differs from the one that the adapter was made for.
-    """
-    sealed, sealed_heads = _read(seal)
-    _check_names("base tensor", set(sealed), children)
-    _check_names("`modules_to_save` tensor", set(sealed_heads), heads)
-    for name, entry in children.items():
-        if _digest(name, entry) != sealed[_hash(name)][0]:
-            raise IntegrityError(
-                f"{name}: the stored child differs from what was saved; the file is damaged, fetch it again."
-            )
-    unverified = []
-    for name, tensor in heads.items():
-        same = matches(sealed_heads[_hash(name)], _head_fingerprint(tensor))
-        if same is False:
-            raise IntegrityError(
-                f"{name}: the stored tensor differs from what was saved; the file is damaged, fetch it again."
-            )
-        if same is None:
-            unverified.append(name)
-    for name, entry in children.items():
-        same = matches(sealed[_hash(name)][1], entry.fingerprint())
-        if same is False:
-            raise BaseMismatchError(
-                f"{name}: the base weights differ from those that the adapter was made for; load it onto the base "
-                "model (and revision) named in its adapter_config.json."
-            )
-        if same is None:
-            unverified.append(name)
-    if unverified:
-        logger.warning(
-            "%s and %d more tensors could not be verified: the adapter was made on a bfloat16 base and this one is "
-            "float16, or the other way round. Load the base in the precision in which it was published to have it "
-            "checked.",
-            unverified[0],
-            len(unverified) - 1,
+    if unknown := features & ~_FEATURES:
+        raise FormatError(
+            f"child_tuning_seal: needs features (bits {unknown:#x}) that this release does not know; update "
+            "peft_childtune."
         )
+    at = _HEADER.size + n * _CHILD_RECORD.size
+    children = {
+        key: (digest, Fingerprint.from_bytes(base))
+        for key, digest, base in _CHILD_RECORD.iter_unpack(raw[_HEADER.size : at])
+    }
+    heads = {key: Fingerprint.from_bytes(base) for key, base in _HEAD_RECORD.iter_unpack(raw[at:-8])}
+    return Seal(config, children, heads)

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 SAMPLES = 1024  # untouched positions per tensor that a fingerprint looks at, evenly spaced
-FINGERPRINT_BYTES = 25  # one dtype code, then three hashes of 8 bytes
+FINGERPRINT_BYTES = 33  # one dtype code, then four hashes of 8 bytes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -140,29 +140,32 @@ class Fingerprint:
     Attributes:
         dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64: the dtype the base had.
         hashes: of the entries as float32 (exact for the three 2- and 4-byte dtypes), bfloat16 and float16.
+        whole: hash of all entries, in their own dtype; 0 where it was not asked for.
     """
 
     dtype: int
     hashes: tuple[int, int, int]
+    whole: int = 0
 
     def to_bytes(self) -> bytes:
         """Return the `FINGERPRINT_BYTES` bytes in which a file holds it."""
-        return bytes([self.dtype]) + b"".join(h.to_bytes(8, "little") for h in self.hashes)
+        return bytes([self.dtype]) + b"".join(h.to_bytes(8, "little") for h in (*self.hashes, self.whole))
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Fingerprint:
         """Return the fingerprint of exactly `FINGERPRINT_BYTES` bytes."""
-        first, second, third = (int.from_bytes(raw[i : i + 8], "little") for i in (1, 9, 17))
-        return cls(raw[0], (first, second, third))
+        first, second, third, whole = (int.from_bytes(raw[i : i + 8], "little") for i in (1, 9, 17, 25))
+        return cls(raw[0], (first, second, third), whole)
 
 
 @torch.no_grad()
-def fingerprint(base: Tensor, indices: Tensor) -> Fingerprint:
+def fingerprint(base: Tensor, indices: Tensor, *, whole: bool = False) -> Fingerprint:
     """Return the fingerprint of a base tensor: all its entries at `indices`, and an even sample of the others.
 
     Args:
         base: floating point, any shape, nothing merged into it.
         indices: int64, `(nnz,)`, the child's flat positions.
+        whole: also hash all of it, which reads it once.
 
     Example:
         >>> base = torch.linspace(0, 1, 8)
@@ -173,7 +176,8 @@ def fingerprint(base: Tensor, indices: Tensor) -> Fingerprint:
     entries = torch.cat([flat[indices.to(flat.device)], _sample(flat)]).cpu()
     wide = torch.promote_types(entries.dtype, torch.float32)
     hashes = [xxhash.xxh3_64_intdigest(_raw(entries.to(dtype))) for dtype in (wide, torch.bfloat16, torch.float16)]
-    return Fingerprint(_CODES[base.dtype], (hashes[0], hashes[1], hashes[2]))
+    everything = xxhash.xxh3_64_intdigest(_raw(flat)) if whole else 0
+    return Fingerprint(_CODES[base.dtype], (hashes[0], hashes[1], hashes[2]), everything)
 
 
 def matches(saved: Fingerprint, found: Fingerprint) -> bool | None:

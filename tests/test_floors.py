@@ -24,7 +24,8 @@ _BELOW = {
     "weights": {"sparse", "codec", "kernels"},
     "network": {"sparse", "codec", "kernels", "scores", "files", "weights"},
     "seal": {"sparse", "codec", "kernels", "scores", "files", "weights"},
-    "tuner": {"ranks", "sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal"},
+    "verification": {"sparse", "codec", "kernels", "scores", "files", "weights", "seal"},
+    "tuner": {"ranks", "sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal", "verification"},
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IntegrityError
-from ..seal import verify_seal
+from ..verification import verify_seal
 from .config import ChildTuningConfig
 from .install import check_not_merged, check_places, device_beside, layers_of, set_values
 from .layer import ChildTuningLayer
@@ -122,7 +122,9 @@ def adopt_state_dict(
         later = pending is not None and _is_out_of_reach(layers.values())
         if not later:
             children = {n: sealed_tensor(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}
-            verify_seal(seals[0], children, {name: state_dict[key] for name, key in heads.items()})
+            saved_with = None if pending is None else config.file_digest
+            arrived_heads = {name: state_dict[key] for name, key in heads.items()}
+            verify_seal(seals[0], children, arrived_heads, config=saved_with, made_for=config.made_for)
         check_places(layers.values(), adapter_name)
         rest = fill_away_(model, rest, adapter_name)
     except BaseException:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 
 from ..errors import ConfigError, UnsupportedError
 from ..scores import DATA_SCORES
+from ..weights import digest
 from .registration import ChildTuningPeftType
 
 __all__ = ["ChildTuningConfig"]
@@ -201,11 +203,38 @@ class ChildTuningConfig(PeftConfig):
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
+        self.__dict__["_file_digest"] = None if self.child is None else self.own_digest()
 
     @property
     def needs_data(self) -> bool:
         """Whether the child can be chosen only by `select_child_network(model, dataloader)`."""
         return self.mode == "task_driven" and self.score in DATA_SCORES
+
+    @property
+    def file_digest(self) -> bytes | None:
+        """The digest of the fields of this class as they came from a file; None for a configuration made by hand."""
+        found: bytes | None = self.__dict__["_file_digest"]
+        return found
+
+    @property
+    def made_for(self) -> str:
+        """What the configuration says of the base model that its adapter is for."""
+        if self.base_model_name_or_path is None:
+            return "the base model that it was trained on (its adapter_config.json names none)"
+        revision = "" if self.revision is None else f", revision {self.revision!r}"
+        return f"{self.base_model_name_or_path!r}{revision}, as its adapter_config.json says"
+
+    def own_digest(self, **changes: Any) -> bytes:
+        """Return 16 bytes that depend on the fields of this class: those that differ from their defaults.
+
+        Args:
+            changes: fields to be taken as something else than they are now.
+        """
+        own = {f.name: f.default for f in fields(self) if f.name in ChildTuningConfig.__annotations__}
+        held = self.to_dict() | changes
+        if isinstance(held["modules_to_save"], list):  # PEFT repeats its own entries whenever it loads
+            held["modules_to_save"] = sorted(set(held["modules_to_save"]))
+        return digest(json.dumps({k: held[k] for k in own if held[k] != own[k]}, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary that JSON can hold, the same one every time."""

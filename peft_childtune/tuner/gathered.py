@@ -38,7 +38,8 @@ def remember_base(layer: AdapterHolder, adapters: list[str]) -> None:
             found = layer._code(adapter_name).decoded(parameter, base, layer.full_name(parameter))
             indices = None if found is None else found.indices
             if parameter not in known or known[parameter][0] is not indices:
-                known[parameter] = indices, fingerprint(base, layer.indices_in(base, adapter_name, parameter))
+                at = layer.indices_in(base, adapter_name, parameter)
+                known[parameter] = indices, fingerprint(base, at, whole=True)
 
 
 def remembered_fingerprint(layer: AdapterHolder, adapter_name: str, parameter: str) -> Fingerprint:

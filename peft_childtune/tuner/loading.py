@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..codec import decode_child
 from ..errors import FormatError, IntegrityError, SelectionError, UnsupportedError
-from ..seal import Sealed, seal_bytes, verify_seal
+from ..seal import Sealed, seal_bytes
+from ..verification import verify_seal
 from ..weights import Fingerprint, fingerprint
 from .gathered import is_partitioned
 from .install import covered_tensors, layers_of
@@ -195,7 +196,9 @@ class PendingLoad:
                     code = layer._code(self.adapter_name)._buffers.get(p)
                     children[name] = sealed_tensor(name, layer, p, code, layer._values(self.adapter_name).get(p))
             heads = {name: tensor for name, (_, tensor) in head_tensors(self.root, self.adapter_name).items()}
-            verify_seal(torch.zeros(0, dtype=torch.uint8) if seal is None else seal, children, heads)
+            seal = torch.zeros(0, dtype=torch.uint8) if seal is None else seal
+            config = self.peft_config[self.adapter_name]
+            verify_seal(seal, children, heads, config=config.file_digest, made_for=config.made_for)
         except BaseException:
             self.discard()
             raise

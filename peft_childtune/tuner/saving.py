@@ -31,7 +31,7 @@ def _fingerprint(layer: ChildTuningLayer, adapter_name: str, parameter: str, bas
         return remembered_fingerprint(layer, adapter_name, parameter)
     with onloaded(layer):
         base = layer.unmerged_base(parameter, None if base is None or base.is_meta else base)
-        return fingerprint(base, layer.indices_in(base, adapter_name, parameter))
+        return fingerprint(base, layer.indices_in(base, adapter_name, parameter), whole=True)
 
 
 def _whole(key: str, tensor: Tensor, own: Tensor | None, sharding: str | None) -> Tensor:
@@ -134,7 +134,9 @@ def adapter_state_dict(
         name: _whole(key, state_dict.get(key, tensor), tensor, sharding)
         for name, (key, tensor) in head_tensors(model, adapter_name).items()
     }
-    out[f"{next(iter(layers))}.child_tuning_seal.{adapter_name}"] = make_seal(sealed, heads)
+    out[f"{next(iter(layers))}.child_tuning_seal.{adapter_name}"] = make_seal(
+        sealed, heads, config=config.own_digest(child=layout)
+    )
     config.__dict__["_layout"] = layout
     return out
 

@@ -1,0 +1,142 @@
+"""Verification: whether what has arrived is what was sealed, and the base the one it was made for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from .errors import BaseMismatchError, FormatError, IntegrityError
+from .seal import Seal, Sealed, child_digest, head_fingerprint, name_hash, read_seal
+from .weights import matches
+
+__all__ = ["base_mismatch", "skip_verification", "verify_seal"]
+
+logger = logging.getLogger(__name__)
+
+_skipping = ContextVar("_skipping", default=False)
+
+
+def _names(what: str, sealed: Collection[bytes], found: Mapping[str, object]) -> Iterator[Exception]:
+    hashes = {name_hash(name): name for name in found}
+    for key, name in hashes.items():
+        if key not in sealed:
+            yield IntegrityError(
+                f"{name}: the adapter was saved without this {what}; its configuration and its weights file do not "
+                "belong together, or the base model has other modules than the one it was made for."
+            )
+    if absent := set(sealed) - set(hashes):
+        yield IntegrityError(
+            f"{len(absent)} of the {len(sealed)} {what}s that were saved are not in this model; the base model is "
+            f"another one, or `target_modules` differs. Present, for example: {next(iter(found), 'none')}."
+        )
+
+
+def _problems(
+    saved: Seal, children: Mapping[str, Sealed], heads: Mapping[str, Tensor], config: bytes | None, made_for: str
+) -> Iterator[Exception]:
+    """Yield an error for each thing that is not as the seal has it, and warn of what it cannot tell."""
+    if config is not None and config != saved.config:
+        yield IntegrityError(
+            "adapter_config.json: its fields are not those with which the weights file was saved; one of the two is "
+            "damaged, or they do not belong together: fetch both again. To change a field, change it after loading."
+        )
+    yield from _names("base tensor", saved.children, children)
+    yield from _names("`modules_to_save` tensor", saved.heads, heads)
+    sealed = {name: saved.children[key] for name in children if (key := name_hash(name)) in saved.children}
+    for name, (digest, _) in sealed.items():
+        if child_digest(name, children[name]) != digest:
+            yield IntegrityError(
+                f"{name}: the stored child differs from what was saved; the file is damaged, fetch it again."
+            )
+        elif not bool(torch.isfinite(children[name].values).all()):
+            yield IntegrityError(f"{name}: the delta holds numbers that are not finite; train and save it again.")
+    unverified = []
+    for name, tensor in heads.items():
+        if (fingerprint := saved.heads.get(name_hash(name))) is None:
+            continue
+        if (same := matches(fingerprint, head_fingerprint(tensor))) is False:
+            yield IntegrityError(
+                f"{name}: the stored tensor differs from what was saved; the file is damaged, fetch it again."
+            )
+        elif same is None:
+            unverified.append(name)
+    for name, (_, fingerprint) in sealed.items():
+        if (same := matches(fingerprint, children[name].fingerprint())) is False:
+            yield base_mismatch(name, made_for)
+        elif same is None:
+            unverified.append(name)
+    if unverified:
+        logger.warning(
+            "%s and %d more tensors could not be verified: the adapter was made on a bfloat16 base and this one is "
+            "float16, or the other way round. Load the base in the precision in which it was published to have it "
+            "checked.",
+            unverified[0],
+            len(unverified) - 1,
+        )
+
+
+def base_mismatch(name: str, made_for: str) -> BaseMismatchError:
+    """Return the error for a base tensor that is not the one an adapter was made for."""
+    return BaseMismatchError(
+        f"{name}: the base weights differ from those that the adapter was made for; load it onto {made_for}."
+    )
+
+
+def verify_seal(
+    seal: Tensor,
+    children: Mapping[str, Sealed],
+    heads: Mapping[str, Tensor],
+    *,
+    config: bytes | None = None,
+    made_for: str = "the base model (and revision) named in its adapter_config.json",
+) -> None:
+    """Check that everything is what was saved and that the base is the one it was made for.
+
+    Args:
+        seal: as made by `make_seal`.
+        children: every covered base tensor of the model, with what the file holds for it.
+        heads: every `modules_to_save` tensor, as the file holds it.
+        config: the digest of the configuration's own fields; None where the configuration came from no file.
+        made_for: what the configuration says of the base, for errors.
+
+    Raises:
+        FormatError: the seal itself is malformed.
+        IntegrityError: a tensor or the configuration was changed since, or a tensor is missing or one too many.
+        BaseMismatchError: a base tensor differs from the one that the adapter was made for.
+    """
+    try:
+        saved = read_seal(seal)
+    except FormatError as error:
+        _report(error)
+        return
+    for problem in _problems(saved, children, heads, config, made_for):
+        _report(problem)
+
+
+def _report(problem: Exception) -> None:
+    if not _skipping.get():
+        raise problem
+    logger.warning("not verified: %s", problem)
+
+
+@contextmanager
+def skip_verification() -> Iterator[None]:
+    """Load adapters within this block though they are not what was saved, or not for this base, and warn of each.
+
+    What a code must fulfil to be decoded is checked nevertheless: the model may be wrong, the process stays safe.
+
+    Example:
+        >>> with skip_verification():
+        ...     pass  # PeftModel.from_pretrained(other_base, "my_child")
+    """
+    logger.warning("skip_verification: adapters are loaded here even if they are damaged or made for another base.")
+    token = _skipping.set(True)
+    try:
+        yield
+    finally:
+        _skipping.reset(token)
