@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from .errors import FormatError
 
-__all__ = ["load_tensors", "save_tensors"]
+__all__ = ["load_tensors", "save_tensors", "settle", "sweep", "write_durably"]
+
+_PREFIX = ".childtune-"
+_TEMPORARY = re.compile(rf"{re.escape(_PREFIX)}\w+|\.tmp\w{{6}}")  # the latter: safetensors, through Rust's `tempfile`
 
 
 def _umask() -> int:
@@ -22,15 +26,21 @@ def _umask() -> int:
     return mask
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Save tensors as a safetensors file; an old file at `path` stays whole until the new one is complete.
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-    The file is written beside `path`, flushed to the disk and renamed, with the permissions that the umask asks for
-    (safetensors' own `save_file` renames too, but does not flush, and leaves mode 0600).
+
+def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all: an old one at `path` stays as it is until the new one is on the disk.
+
+    It is written beside `path`, flushed and renamed, with the permissions that the umask asks for.
     """
     target = Path(path)
-    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=dict(metadata))
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=_PREFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -41,11 +51,43 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], me
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
+    _sync(target.parent)
+
+
+def settle(path: str | os.PathLike[str]) -> None:
+    """Flush a file and its name to the disk, with the permissions that the umask asks for.
+
+    safetensors' own `save_file`, which PEFT calls, renames like `write_durably`, but does neither of these.
+    """
+    os.chmod(path, 0o666 & ~_umask())
+    _sync(Path(path))
+    _sync(Path(path).parent)
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed writers left in a folder: temporary files of ours and safetensors' that no process has open.
+
+    Where this cannot be told (leases are Linux's), nothing is removed.
+    """
+    for path in Path(folder).iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not _may_be_open(path):
+            path.unlink(missing_ok=True)
+
+
+def _may_be_open(path: Path) -> bool:
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        import fcntl
+
+        with open(path, "rb") as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # only where no other descriptor is open
+    except (ImportError, AttributeError, OSError):
+        return True
+    return False
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Save tensors as a safetensors file, as `write_durably` does."""
+    write_durably(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=dict(metadata)))
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -103,7 +103,7 @@ def test_a_fingerprint_comes_back_from_its_bytes():
     found = fingerprint(torch.randn(7), torch.tensor([2]), whole=True)
     raw = found.to_bytes()
     assert len(raw) == FINGERPRINT_BYTES == 33
-    assert raw[1:] == struct.pack("<3Q", *found.hashes)
+    assert raw[1:] == struct.pack("<4Q", *found.hashes, found.whole)
     assert Fingerprint.from_bytes(raw) == found
 
 

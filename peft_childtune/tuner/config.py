@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..errors import ConfigError, UnsupportedError
+from ..files import settle, sweep, write_durably
 from ..scores import DATA_SCORES
 from ..weights import digest
 from .registration import ChildTuningPeftType
@@ -241,12 +244,27 @@ class ChildTuningConfig(PeftConfig):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as PEFT does, with the sizes of the adapter that is being saved along with it."""
-        live, self.child = self.child, self.__dict__.pop("_layout", self.child)
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.child = live
+        """Save as PEFT does, whole or not at all, with the sizes of the adapter that is being saved along with it.
+
+        PEFT has written that adapter's weights file just before: it is flushed to the disk, too.
+
+        Raises:
+            UnsupportedError: the weights were saved as a pickle.
+        """
+        folder = Path(save_directory)
+        if (folder / WEIGHTS_NAME).exists():
+            raise UnsupportedError(
+                f"{folder / WEIGHTS_NAME}: is a pickle, and adapters of this method are safetensors files; remove it, "
+                "and save without safe_serialization=False."
+            )
+        saved = self.to_dict() | {"child": self.__dict__.pop("_layout", self.child)}
+        if (mapping := kwargs.get("auto_mapping_dict")) is not None:
+            saved["auto_mapping"] = mapping
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / CONFIG_NAME, json.dumps(saved, indent=2, sort_keys=True).encode())
+        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():  # afterwards: until the two fit each other, nothing loads
+            settle(folder / SAFETENSORS_WEIGHTS_NAME)
+        sweep(folder)
 
     def _check_choices(self) -> None:
         choices = {"mode": Mode, "score": Score, "scope": Scope, "granularity": Granularity, "save_dtype": SaveDtype}
