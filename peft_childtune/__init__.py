@@ -34,7 +34,9 @@ from .tuner import (
     get_deltas,
     select_child_network,
     selection_report,
+    verify_base,
 )
+from .verification import skip_verification
 
 __all__ = [
     "BaseMismatchError",
@@ -60,5 +62,7 @@ __all__ = [
     "get_deltas",
     "select_child_network",
     "selection_report",
+    "skip_verification",
+    "verify_base",
 ]
 __version__ = "0.1.0"

@@ -29,6 +29,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from .codec import decode_child
 from .errors import FormatError, IntegrityError
 from .weights import FINGERPRINT_BYTES, Fingerprint, digest, fingerprint
 
@@ -41,6 +42,7 @@ __all__ = [
     "name_hash",
     "read_seal",
     "seal_bytes",
+    "sealed_file_tensor",
 ]
 
 _MAJOR = 1
@@ -64,6 +66,40 @@ class Sealed:
     code: Tensor
     values: Tensor
     fingerprint: Callable[[], Fingerprint]
+
+
+def sealed_file_tensor(
+    name: str, code: Tensor | None, values: Tensor | None, *, base: Callable[[], Tensor], whole: bool = False
+) -> Sealed:
+    """Return what the seal vouches for, of a base tensor for which a file holds this code and these values.
+
+    Args:
+        name: the base model's own name of the tensor.
+        code: uint8, the coded child; None where nothing was kept.
+        values: `(nnz,)`, the delta; None where nothing was kept.
+        base: called for the base tensor, nothing merged into it, once the file has proved sound.
+        whole: hash all of the base tensor.
+    """
+    empty = torch.zeros(0)
+    code = empty.to(torch.uint8) if code is None else code.detach().cpu()
+    values = empty if values is None else values.detach().cpu()
+
+    def compute() -> Fingerprint:
+        tensor = base()
+        indices = torch.zeros(0, dtype=torch.int64)
+        if code.numel():
+            try:
+                child = decode_child(code, shape=tuple(tensor.shape))
+            except FormatError as error:
+                raise type(error)(f"{name}: {error}") from error
+            if child.nnz != values.numel():
+                raise IntegrityError(
+                    f"{name}: {values.numel()} values for {child.nnz} kept entries; fetch the file again."
+                )
+            indices = child.indices()
+        return fingerprint(tensor, indices, whole=whole)
+
+    return Sealed(code, values, compute)
 
 
 def name_hash(name: str) -> bytes:

@@ -41,6 +41,8 @@ def test_the_public_names_are_the_documented_ones():
         "get_deltas",
         "select_child_network",
         "selection_report",
+        "skip_verification",
+        "verify_base",
     ]
 
 

@@ -1,5 +1,6 @@
 """Floor 3: the method as PEFT sees it."""
 
+from .base_check import verify_base
 from .callback import ChildTuningCallback
 from .config import ChildTuningConfig
 from .inspection import get_child_network, get_deltas, selection_report
@@ -20,6 +21,7 @@ __all__ = [
     "get_deltas",
     "select_child_network",
     "selection_report",
+    "verify_base",
 ]
 
 register(ChildTuningConfig, ChildTuningModel)

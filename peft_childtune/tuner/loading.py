@@ -9,11 +9,9 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..codec import decode_child
-from ..errors import FormatError, IntegrityError, SelectionError, UnsupportedError
-from ..seal import Sealed, seal_bytes
+from ..errors import SelectionError, UnsupportedError
+from ..seal import Sealed, seal_bytes, sealed_file_tensor
 from ..verification import verify_seal
-from ..weights import Fingerprint, fingerprint
 from .gathered import is_partitioned
 from .install import covered_tensors, layers_of
 from .layer import ChildTuningLayer, child_layers
@@ -66,32 +64,18 @@ def sealed_tensor(
     name: str, layer: ChildTuningLayer, parameter: str, code: Tensor | None, values: Tensor | None
 ) -> Sealed:
     """Return what the seal vouches for, of a base tensor for which this code and these values have arrived."""
-    empty = torch.zeros(0)
-    code = empty.to(torch.uint8) if code is None else code.detach().cpu()
-    values = empty if values is None else values.detach().cpu()
 
-    def compute() -> Fingerprint:
+    def base() -> Tensor:
         if is_partitioned(layer.base_parameter(parameter)):
             raise UnsupportedError(
                 f"{name}: DeepSpeed ZeRO-3 has divided it among processes, so it cannot be compared with the base "
                 "that the adapter was made for; load it inside `with deepspeed.zero.GatheredParameters("
                 "list(base.parameters())):`."
             )
-        indices = torch.zeros(0, dtype=torch.int64)
-        if code.numel():
-            try:
-                child = decode_child(code, shape=tuple(layer.base_parameter(parameter).shape))
-            except FormatError as error:
-                raise type(error)(f"{name}: {error}") from error
-            if child.nnz != values.numel():
-                raise IntegrityError(
-                    f"{name}: {values.numel()} values for {child.nnz} kept entries; fetch the file again."
-                )
-            indices = child.indices()
         with onloaded(layer):
-            return fingerprint(layer.unmerged_base(parameter), indices)
+            return layer.unmerged_base(parameter)
 
-    return Sealed(code, values, compute)
+    return sealed_file_tensor(name, code, values, base=base)
 
 
 def remove_adapter(root: nn.Module, adapter_name: str, peft_config: dict[str, Any]) -> None:
