@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,9 @@ FINGERPRINT_BYTES = 33  # one dtype code, then four hashes of 8 bytes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-def merge_(weight: Tensor, indices: Tensor | None, values: Tensor) -> Tensor:
+def merge_(
+    weight: Tensor, indices: Tensor | None, values: Tensor, *, record: Callable[[Tensor], object] | None = None
+) -> Tensor:
     """Write round(float(W) + delta) into `weight` in place and return the entries it replaced.
 
     Only the child's positions are written, and autograd sees nothing of it.
@@ -37,6 +39,8 @@ def merge_(weight: Tensor, indices: Tensor | None, values: Tensor) -> Tensor:
         weight: any shape and layout.
         indices: `(nnz,)`, flat row-major positions; None for every position.
         values: `(nnz,)`, the delta.
+        record: called with what will be returned before anything is written, so that even a write that is broken off
+            can be undone.
 
     Returns:
         `(nnz,)`, or a copy of the weight where every position is written.
@@ -48,12 +52,17 @@ def merge_(weight: Tensor, indices: Tensor | None, values: Tensor) -> Tensor:
     values = values.data.to(weight.device)
     if indices is None:
         replaced = weight.clone()
+        if record is not None:
+            record(replaced)
         weight.copy_(compose_entries(weight.reshape(-1), values).view(weight.shape))
         return replaced
     view, index = _place(weight, indices)
     # on a CPU `take` is the one that reads with all threads; not every device has it
     replaced = view.take(*index) if view.ndim == 1 and view.device.type == "cpu" else view[index]
-    view.index_put_(index, compose_entries(replaced, values))
+    composed = compose_entries(replaced, values)
+    if record is not None:
+        record(replaced)
+    view.index_put_(index, composed)
     return replaced
 
 

@@ -108,7 +108,8 @@ def adopt_state_dict(
                 missing = "code" if code is None else "values"
                 raise IntegrityError(f"{name}: its child_tuning_{missing} is missing; save or fetch the file again.")
             if (
-                config.child is not None
+                pending is not None  # otherwise the configuration is that of an adapter that was here before
+                and config.child is not None
                 and (0 if values is None else values.numel()) != (config.child.get(name) or [0])[0]
             ):
                 raise IntegrityError(

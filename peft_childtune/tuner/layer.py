@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,9 +174,13 @@ class ChildTuningLayer(AdapterHolder):
         if safe_merge and not all(self._merges_finite(*step) for step in plan):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         self.merged_adapters.append(adapter_name)
-        done = self._replaced[adapter_name] = []
+        self._replaced[adapter_name] = []
         for parameter, indices, values in plan:
-            done.append((parameter, indices, merge_(self.base_parameter(parameter), indices, values)))
+            record = partial(self._record, adapter_name, parameter, indices)
+            merge_(self.base_parameter(parameter), indices, values, record=record)
+
+    def _record(self, adapter_name: str, parameter: str, indices: Tensor | None, entries: Tensor) -> None:
+        self._replaced[adapter_name].append((parameter, indices, entries))
 
     def _merges_finite(self, parameter: str, indices: Tensor | None, values: Tensor) -> bool:
         flat = self.base_parameter(parameter).detach().reshape(-1)
@@ -190,16 +195,39 @@ class ChildTuningLayer(AdapterHolder):
         self.unmerge_to([])
 
     def unmerge_to(self, remaining: list[str]) -> None:
-        """Undo the last merges until only `remaining` are left."""
+        """Undo the last merges until only `remaining` are left, or none of them if one cannot be undone."""
         if len(self.merged_adapters) <= len(remaining):
             return
+        before = list(self.merged_adapters)
         with onloaded(self, writes=True):
-            while len(self.merged_adapters) > len(remaining):
-                adapter_name = self.merged_adapters[-1]
+            try:
+                while len(self.merged_adapters) > len(remaining):
+                    adapter_name = self.merged_adapters[-1]
+                    for parameter, indices, entries in self._replaced.get(adapter_name, []):
+                        restore_(self.base_parameter(parameter), indices, entries)
+                    self.merged_adapters.pop()  # not before: if a restoration fails, it can be tried again
+                    self._replaced.pop(adapter_name, None)
+                follow_tied_(self)
+            except BaseException:
+                self.merge_back(before)
+                raise
+
+    def merge_back(self, before: list[str]) -> None:
+        """Bring back the merges that `unmerge_to` has undone, the last one in part perhaps.
+
+        Args:
+            before: the adapters that were merged, in their order.
+        """
+        with onloaded(self, writes=True):
+            for adapter_name in self.merged_adapters[-1:]:
                 for parameter, indices, entries in self._replaced.get(adapter_name, []):
-                    restore_(self.base_parameter(parameter), indices, entries)
-                self._replaced.pop(adapter_name, None)  # not before: if a restoration fails, nothing is lost
-                self.merged_adapters.pop()
+                    values = self._values(adapter_name).get(parameter)
+                    assert values is not None  # it was merged
+                    delta = values.detach().to(entries.device)
+                    merged = compose_entries(entries.reshape(-1), delta).view(entries.shape)
+                    restore_(self.base_parameter(parameter), indices, merged)
+            for adapter_name in before[len(self.merged_adapters) :]:
+                self._merge_one(adapter_name, safe_merge=False)
             follow_tied_(self)
 
     def unmerged_base(self, parameter: str, base: Tensor | None = None) -> Tensor:

@@ -63,6 +63,7 @@ class ChildTuningModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = ChildTuningLayer
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by structure, not by model type
+    _unloaded: list[tuple[nn.Module, str, nn.Module]] | None = None  # parent, name and layer, while unloading
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # `PeftModel` hands over a table of configurations, direct injection (transformers, diffusers) a single one
@@ -218,11 +219,20 @@ class ChildTuningModel(BaseTuner):
             raise
 
     def unmerge_adapter(self) -> None:
-        """Restore the base weights bit for bit."""
-        for layer in child_layers(self.model):
-            layer.unmerge()
+        """Restore the base weights bit for bit, or leave everything merged if a layer cannot be restored."""
+        before = [(layer, list(layer.merged_adapters)) for layer in child_layers(self.model)]
+        try:
+            for layer, _ in before:
+                layer.unmerge()
+        except BaseException:
+            for layer, merged in before:
+                if layer.merged_adapters != merged:
+                    layer.merge_back(merged)
+            raise
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if self._unloaded is not None:
+            self._unloaded.append((parent, child_name, child))
         # when it unloads, PEFT copies `weight` and `bias` over, which not every module or head has
         if isinstance(child, ChildTuningLayer | ModulesToSaveWrapper):
             setattr(parent, child_name, new_module)
@@ -238,7 +248,18 @@ class ChildTuningModel(BaseTuner):
             self.merge_adapter(adapter_names=kwargs.get("adapter_names"), safe_merge=True)
             for layer in layers:
                 layer.unmerge_to([])
-        unloaded: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
+        before = [(layer, list(layer.merged_adapters)) for layer in layers]
+        self._unloaded = []
+        try:
+            unloaded: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
+        except BaseException:
+            for parent, name, module in reversed(self._unloaded):
+                setattr(parent, name, module)
+            for layer, merged in before:
+                layer.unmerge_to(merged)
+            raise
+        finally:
+            self._unloaded = None
         for module in list(unloaded.modules()):  # the further places of shared modules
             for name, child in list(module._modules.items()):
                 if isinstance(child, ChildTuningLayer):

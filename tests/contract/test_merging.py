@@ -201,10 +201,10 @@ def test_a_merge_that_fails_half_way_leaves_the_base_as_it_was(monkeypatch):
     model = add_noise(wrap(base, family, score="random", density=0.3))
     writes = iter(range(10))
 
-    def failing(*args):
+    def failing(*args, **options):
         if next(writes) == 5:  # in the middle of a layer: one write for each weight and bias
             raise MemoryError
-        return merge_(*args)
+        return merge_(*args, **options)
 
     monkeypatch.setattr("peft_childtune.tuner.layer.merge_", failing)
     with pytest.raises(MemoryError):

@@ -1,0 +1,128 @@
+"""What writes into weights in place either happens or does not: whichever write fails, nothing is left half done."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from peft import PeftModel
+
+from peft_childtune import ChildTuningConfig
+from tests.contract.families import FAMILIES, add_noise, differing, layers_in, same_bits, snapshot, wrap
+
+
+class Interrupt(Exception):
+    """Stands for a full memory, a lost device, or Ctrl-C."""
+
+
+class _Faulty:
+    """Stands in for a method of `Tensor` that writes: the n-th call raises, before or after it has written."""
+
+    def __init__(self, name: str, patch: pytest.MonkeyPatch, *, n: int, written: bool) -> None:
+        self.left, self.real = n, getattr(torch.Tensor, name)
+        patch.setattr(torch.Tensor, name, lambda *args, **kwargs: self(written, *args, **kwargs))
+
+    def __call__(self, written, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            if written:
+                self.real(*args, **kwargs)
+            raise Interrupt
+        return self.real(*args, **kwargs)
+
+
+def _model(name, *, score="random", **options):
+    family = FAMILIES[name]
+    model = wrap(family.build(), family, score=score, density=0.3, **options)
+    second = ChildTuningConfig(task_type=family.task_type, score=score, density=0.3, seed=7, **options)
+    model.add_adapter("b", second)
+    return add_noise(add_noise(model, seed=1), "b", seed=2)
+
+
+def _merged(model):
+    return [list(layer.merged_adapters) for layer in layers_in(model)]
+
+
+def _merge_two(model):
+    model.base_model.merge_adapter(["default", "b"])
+
+
+ACTIONS = {
+    "merge": (lambda model: None, lambda model: model.merge_adapter()),
+    "merge two": (lambda model: None, _merge_two),
+    "merge a second": (lambda model: model.base_model.merge_adapter(["b"]), _merge_two),
+    "safe merge": (lambda model: None, lambda model: model.merge_adapter(safe_merge=True)),
+    "unmerge": (lambda model: model.merge_adapter(), lambda model: model.unmerge_adapter()),
+    "unmerge two": (_merge_two, lambda model: model.unmerge_adapter()),
+    "merge and unload": (lambda model: None, lambda model: model.merge_and_unload()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("bert", "index_put_", {}),
+        ("gpt2", "index_put_", {}),
+        ("bert", "copy_", {"mode": "task_free", "resample": True}),
+    ],
+    ids=["bert", "gpt2", "every weight"],
+)
+def test_whichever_write_fails_the_model_is_what_it_was_bit_for_bit(
+    name, method, options, action, written, monkeypatch
+):
+    prepare, act = ACTIONS[action]
+    model = _model(name, **options)
+    prepare(model)
+    before, merged = snapshot(model), _merged(model)
+    n, failed = 0, True
+    while failed:
+        n += 5 if n > 3 else 1  # a layer has at most four writes: this meets the first and the last of them
+        with monkeypatch.context() as patch:
+            fault = _Faulty(method, patch, n=n, written=written)
+            with contextlib.suppress(Interrupt):
+                act(model)
+            failed = fault.left <= 0
+        if failed:
+            assert _merged(model) == merged, n
+            assert differing(model, before) == [], n
+    assert n > 5
+
+
+def test_a_failed_unloading_leaves_a_model_that_works_and_can_be_unloaded(monkeypatch):
+    model, whole = _model("bert"), _model("bert")
+    batch = FAMILIES["bert"].batch()
+    with monkeypatch.context() as patch, torch.no_grad():
+        _Faulty("index_put_", patch, n=9, written=True)
+        with pytest.raises(Interrupt):
+            model.merge_and_unload()
+    assert isinstance(model, PeftModel)
+    with torch.no_grad():
+        assert same_bits(model.eval()(**batch).logits, whole.eval()(**batch).logits)
+        unloaded = model.merge_and_unload()
+        assert same_bits(unloaded(**batch).logits, whole(**batch).logits)
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_switch_that_fails_at_any_step_can_be_done_again(step, monkeypatch):
+    model, expected = _model("bert"), _model("bert")
+    expected.base_model.set_adapter("b")
+    expected.merge_adapter()
+    model.merge_adapter()
+
+    def switch():
+        model.unmerge_adapter()
+        model.base_model.set_adapter("b")
+        model.merge_adapter()
+
+    with monkeypatch.context() as patch:
+        _Faulty("index_put_", patch, n=(3, 23, 45)[step], written=True)
+        with pytest.raises(Interrupt):
+            switch()
+    if not any(_merged(model)):
+        model.merge_adapter()
+    switch()
+    assert differing(model, snapshot(expected)) == []
