@@ -14,7 +14,7 @@ from ..weights import digest
 
 __all__ = ["check_synchronised"]
 
-_KNOWN: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()  # the parameters of each, by their ids
+_KNOWN: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()  # what each synchronises, by ids of parameters
 
 
 def check_synchronised(values: Tensor, name: str) -> None:
@@ -23,19 +23,21 @@ def check_synchronised(values: Tensor, name: str) -> None:
     At the first such forward of a model its children are compared over the processes, which is a collective.
 
     Raises:
-        SelectionError: the delta was made after the model was wrapped, so each process would train its own; or the
-            processes hold different children.
+        SelectionError: the delta was made, or made active, after the model was wrapped, so each process would train
+            its own; or the processes hold different children.
     """
     active: Any = DistributedDataParallel._active_ddp_module
     if active is None:
         return
     if active not in _KNOWN:
         agree(f"children {_digest(active.module)}", what=_DIFFERENT)
-        _KNOWN[active] = frozenset(map(id, active._module_parameters))
+        # not `_module_parameters`, which has those, too, that were frozen when the model was wrapped
+        _KNOWN[active] = frozenset(id(p) for b in active.reducer._get_zeros_like_grad_buckets() for p in b.parameters())
     if id(values) not in _KNOWN[active]:
         raise SelectionError(
-            f"{name}: its delta was made after the model was wrapped in DistributedDataParallel, which does not "
-            "synchronise its gradient; choose the child, add and load adapters before (before `accelerator.prepare`)."
+            f"{name}: its delta was made, or made active, after the model was wrapped in DistributedDataParallel, "
+            "which does not synchronise its gradient; choose the child, add, load and activate adapters before "
+            "(before `accelerator.prepare`)."
         )
 
 

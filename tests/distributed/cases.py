@@ -186,6 +186,10 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
     ddp, late = wrapped(child_model("f_fixed"), "ddp"), wrapped(_selectable(score="random"), "ddp")
     late.module.add_adapter("late", ChildTuningConfig(task_type="SEQ_CLS", score="random", density=0.05))
     late.module.set_adapter("late")
+    early = _selectable(score="random")
+    early.add_adapter("early", ChildTuningConfig(task_type="SEQ_CLS", score="random", density=0.05))
+    early = wrapped(early, "ddp")
+    early.module.set_adapter("early")  # frozen when DDP looked
     masks = wrapped(child_model("f_resampled", seed=place()[0]), "ddp")
     resampled = get_peft_model(
         base_model(), ChildTuningConfig(task_type="SEQ_CLS", mode="task_free", resample=True, seed=place()[0])
@@ -200,6 +204,7 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         _error_of(lambda: late.train()(**shard()[0])),
         _error_of(lambda: masks.train()(**shard()[0])),
         _error_of(lambda: select_child_network(resampled)),
+        _error_of(lambda: early.train()(**shard()[0])),
     ]
 
 
