@@ -191,6 +191,10 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
     early = wrapped(early, "ddp")
     early.module.set_adapter("early")  # frozen when DDP looked
     masks = wrapped(child_model("f_resampled", seed=place()[0]), "ddp")
+    checkpointed = child_model("f_resampled", seed=place()[0])
+    checkpointed.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    checkpointed.enable_input_require_grads()
+    checkpointed = wrapped(checkpointed, "ddp")
     resampled = get_peft_model(
         base_model(), ChildTuningConfig(task_type="SEQ_CLS", mode="task_free", resample=True, seed=place()[0])
     )
@@ -205,6 +209,7 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         _error_of(lambda: masks.train()(**shard()[0])),
         _error_of(lambda: select_child_network(resampled)),
         _error_of(lambda: early.train()(**shard()[0])),
+        _error_of(lambda: checkpointed.train()(**shard()[0])),
     ]
 
 
