@@ -20,7 +20,7 @@ _KNOWN: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()  # what eac
 def check_synchronised(values: Tensor, name: str) -> None:
     """Raise if a trained delta takes part in a forward of a DistributedDataParallel that does not synchronise it.
 
-    At the first such forward of a model its children are compared over the processes, which is a collective.
+    At the first such forward of a model its children are compared over its processes, which is a collective.
 
     Raises:
         SelectionError: the delta was made, or made active, after the model was wrapped, so each process would train
@@ -30,9 +30,10 @@ def check_synchronised(values: Tensor, name: str) -> None:
     if active is None:
         return
     if active not in _KNOWN:
-        agree(f"children {_digest(active.module)}", what=_DIFFERENT)
+        agree(f"children {_digest(active.module)}", what=_DIFFERENT, group=active.process_group)
         # not `_module_parameters`, which has those, too, that were frozen when the model was wrapped
-        _KNOWN[active] = frozenset(id(p) for b in active.reducer._get_zeros_like_grad_buckets() for p in b.parameters())
+        buckets = active.reducer._get_zeros_like_grad_buckets()
+        _KNOWN[active] = frozenset(id(parameter) for bucket in buckets for parameter in bucket.parameters())
     if id(values) not in _KNOWN[active]:
         raise SelectionError(
             f"{name}: its delta was made, or made active, after the model was wrapped in DistributedDataParallel, "

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, ranks, select_child_network
@@ -211,6 +212,16 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         _error_of(lambda: early.train()(**shard()[0])),
         _error_of(lambda: checkpointed.train()(**shard()[0])),
     ]
+
+
+@case
+def own_groups(folder: Path) -> dict[str, Any]:
+    """Train a model of its own in each process, in a group of one."""
+    rank, world = place()
+    groups = [dist.new_group([number]) for number in range(world)]
+    model = DistributedDataParallel(child_model("f_fixed", seed=rank), process_group=groups[rank])
+    train(model, steps=1)
+    return state_of(model)["codes"]
 
 
 @case
