@@ -44,10 +44,11 @@ def check_synchronised(values: Tensor, name: str) -> None:
 
 _DIFFERENT = (
     "the children that are trained together have to be the same: give every process the same configuration, `seed` "
-    "above all, and the same base model."
+    "above all, the same base model, and the same active adapters."
 )
 
 
 def _digest(model: nn.Module) -> str:
     codes = [buffer for name, buffer in model.named_buffers() if ".child_tuning_code." in name]
-    return digest("codes", *codes).hex()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and ".child_tuning_values." in name]
+    return digest(" ".join(trained), *codes).hex()

@@ -196,6 +196,10 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
     checkpointed.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
     checkpointed.enable_input_require_grads()
     checkpointed = wrapped(checkpointed, "ddp")
+    active = child_model("f_fixed")
+    active.add_adapter("other", active.peft_config["default"])
+    active.set_adapter(["default", "other"][place()[0]])
+    active = wrapped(active, "ddp")
     resampled = get_peft_model(
         base_model(), ChildTuningConfig(task_type="SEQ_CLS", mode="task_free", resample=True, seed=place()[0])
     )
@@ -211,6 +215,7 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         _error_of(lambda: select_child_network(resampled)),
         _error_of(lambda: early.train()(**shard()[0])),
         _error_of(lambda: checkpointed.train()(**shard()[0])),
+        _error_of(lambda: active.train()(**shard()[0])),
     ]
 
 
