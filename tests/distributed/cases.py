@@ -216,6 +216,7 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         _error_of(lambda: early.train()(**shard()[0])),
         _error_of(lambda: checkpointed.train()(**shard()[0])),
         _error_of(lambda: active.train()(**shard()[0])),
+        _error_of(lambda: select_child_network(torch.compile(ddp, backend="eager"))),
     ]
 
 

@@ -165,9 +165,9 @@ def test_processes_that_hold_different_children_or_models_are_refused(two):
 
 def test_what_ddp_would_not_synchronise_is_refused(two):
     for run in two["one_fails"]:
-        selected, late, masks, resampled, early, checkpointed, active = run[4:]
+        selected, late, masks, resampled, early, checkpointed, active, compiled = run[4:]
         assert {kind for kind, _ in run[4:]} == {"SelectionError"}
-        assert "is in DistributedDataParallel already" in selected[1]
+        assert "is in DistributedDataParallel already" in selected[1] and compiled == selected
         assert "after the model was wrapped" in late[1] and "after the model was wrapped" in early[1]
         assert "the same configuration, `seed` above all" in masks[1]
         assert "the same configuration, `seed` above all" in checkpointed[1]
