@@ -19,7 +19,7 @@ from peft import get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, ranks, select_child_network
 from peft_childtune.codec import write_step_
@@ -134,7 +134,18 @@ def sampled_shards(folder: Path) -> list[int]:
     for number in (9, 12, 17):
         loader = DataLoader(rows(), 4, sampler=list(range(number)), collate_fn=collate)
         found.append(_digest(accelerator.prepare(loader), "gradient")[1])
+    without_rest = BatchSampler(SequentialSampler(rows()), 5, drop_last=True)
+    written_out = [list(range(start, start + 4)) for start in range(0, 20, 4)]
+    for batches in (without_rest, _Listed(written_out)):
+        loader = DataLoader(rows(), batch_sampler=batches, collate_fn=collate)
+        found.append(_digest(accelerator.prepare(loader), "gradient")[1])
     return found
+
+
+class _Listed(list[list[int]]):
+    """A batch sampler without a sampler."""
+
+    batch_size, drop_last = 4, False
 
 
 @case

@@ -146,8 +146,8 @@ def test_uneven_shards_choose_the_child_of_one_process(processes, one, request):
         assert {examples for _, examples in run.values()} == {23}
 
 
-def test_samplers_that_are_shorter_than_their_dataset_are_counted_right(two):
-    assert two["sampled_shards"] == [[9, 12, 17]] * 2
+def test_examples_of_samplers_that_leave_some_out_are_counted_once(two):
+    assert two["sampled_shards"] == [[9, 12, 17, 20, 20]] * 2
 
 
 def test_all_stop_when_one_process_fails(two):
