@@ -12,7 +12,7 @@ from ..errors import SelectionError
 from ..ranks import agree
 from ..weights import digest
 
-__all__ = ["check_synchronised"]
+__all__ = ["DIFFERENT_CHILDREN", "check_synchronised", "children_of"]
 
 _KNOWN: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()  # what each synchronises, by ids of parameters
 
@@ -30,7 +30,7 @@ def check_synchronised(values: Tensor, name: str) -> None:
     if active is None:
         return
     if active not in _KNOWN:
-        agree(f"children {_digest(active.module)}", what=_DIFFERENT, group=active.process_group)
+        agree(children_of(active.module), what=DIFFERENT_CHILDREN, group=active.process_group)
         # not `_module_parameters`, which has those, too, that were frozen when the model was wrapped
         buckets = active.reducer._get_zeros_like_grad_buckets()
         _KNOWN[active] = frozenset(id(parameter) for bucket in buckets for parameter in bucket.parameters())
@@ -42,13 +42,14 @@ def check_synchronised(values: Tensor, name: str) -> None:
         )
 
 
-_DIFFERENT = (
+DIFFERENT_CHILDREN = (
     "the children that are trained together have to be the same: give every process the same configuration, `seed` "
     "above all, the same base model, and the same active adapters."
 )
 
 
-def _digest(model: nn.Module) -> str:
+def children_of(model: nn.Module) -> str:
+    """Return a digest of the children in a model, and of which of them are trained."""
     codes = [buffer for name, buffer in model.named_buffers() if ".child_tuning_code." in name]
     trained = [name for name, p in model.named_parameters() if p.requires_grad and ".child_tuning_values." in name]
-    return digest(" ".join(trained), *codes).hex()
+    return f"children {digest(' '.join(trained), *codes).hex()}"

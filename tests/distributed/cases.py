@@ -232,6 +232,16 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
 
 
 @case
+def divided_children(folder: Path) -> list[tuple[str, str]]:
+    """Train a child of its own in each process, of as many entries as the others'."""
+    found = []
+    for how in ("fsdp2", "fsdp1"):
+        model = wrapped(child_model("f_fixed", seed=place()[0], scope="tensor"), how)
+        found.append(_error_of(lambda model=model: model.train()(**shard()[0])))
+    return found
+
+
+@case
 def own_groups(folder: Path) -> dict[str, Any]:
     """Train a model of its own in each process, in a group of one."""
     rank, world = place()

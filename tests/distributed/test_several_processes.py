@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(folder: Path) -> dict[str, list[Any]]:
     names = [f"{how}_{kind}" for how in HOW for kind in KINDS]
     names += ["ddp_traffic", "uneven_shards", "sampled_shards", "progress_bars", "one_fails", "one_comes_late"]
-    names += ["own_groups", "fsdp2_evaluation", "fsdp2_units"]
+    names += ["divided_children", "own_groups", "fsdp2_evaluation", "fsdp2_units"]
     # these three change what accelerate takes the processes for
     names += [*TRAINERS, "fsdp2_bf16", *CHECKPOINTS, "fsdp2_saving", *SHARDED_TRAINERS, "trainer_sharded_checkpoint"]
     return run_cases(names, 2, folder)
@@ -173,6 +173,12 @@ def test_what_ddp_would_not_synchronise_is_refused(two):
         assert "the same configuration, `seed` above all" in checkpointed[1]
         assert "the same active adapters" in active[1]
         assert "of seed 1" in resampled[1] and "chose different children" in resampled[1]
+
+
+def test_different_children_are_refused_by_fsdp_as_well(two):
+    for run in two["divided_children"]:
+        assert {kind for kind, _ in run} == {"SelectionError"}
+        assert all("the same configuration, `seed` above all" in message for _, message in run)
 
 
 def test_groups_that_train_apart_may_have_different_children(two):
