@@ -52,6 +52,8 @@ class _Uneven(_Distinct):
 class _Dispatched(_Distinct):
     """Shares of batches that the first process has read, the last one filled up."""
 
+    is_read_together = True  # it sends each batch to the others
+
     def __iter__(self) -> Iterator[Any]:
         for batch in self.dataloader:
             size = batch_size(batch)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model
@@ -146,6 +147,36 @@ class _Listed(list[list[int]]):
     """A batch sampler without a sampler."""
 
     batch_size, drop_last = 4, False
+
+
+@case
+def dispatched_shards(folder: Path) -> dict[str, Any]:
+    """Count the examples of batches that the first process reads for all; let the last one fail at its first."""
+    accelerator = Accelerator()
+
+    def dispatched(number: int) -> Any:
+        loader = DataLoader(rows()[:number], 4, collate_fn=collate_evenly)
+        return prepare_data_loader(loader, device=accelerator.device, put_on_device=True, dispatch_batches=True)
+
+    def collate_evenly(part: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: tensor[: len(part)] for name, tensor in collate([*part, *rows()]).items()}
+
+    def fails(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if place()[0] == place()[1] - 1:
+            raise RuntimeError("no loss")
+        return model(**batch).loss
+
+    read: list[int] = []
+    own = [collate(rows()[:4])] * 9
+    counted = (read.append(number) or batch for number, batch in enumerate(own))
+    return {
+        "examples": [_digest(dispatched(number), "gradient")[1] for number in (3, 8, 17, 23)],
+        "error": _error_of(
+            lambda: select_child_network(_selectable(), dispatched(23), loss_fn=fails, show_progress=False)
+        ),
+        "own": _error_of(lambda: select_child_network(_selectable(), counted, loss_fn=fails, show_progress=False)),
+        "read": len(read),
+    }
 
 
 @case

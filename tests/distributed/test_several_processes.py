@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, list[Any]]:
     names = [f"{how}_{kind}" for how in HOW for kind in KINDS]
-    names += ["ddp_traffic", "uneven_shards", "sampled_shards", "progress_bars", "one_fails", "one_comes_late"]
-    names += ["divided_children", "own_groups", "fsdp2_evaluation", "fsdp2_units"]
+    names += ["ddp_traffic", "uneven_shards", "sampled_shards", "dispatched_shards", "progress_bars"]
+    names += ["one_fails", "one_comes_late", "divided_children", "own_groups", "fsdp2_evaluation", "fsdp2_units"]
     # these three change what accelerate takes the processes for
     names += [*TRAINERS, "fsdp2_bf16", *CHECKPOINTS, "fsdp2_saving", *SHARDED_TRAINERS, "trainer_sharded_checkpoint"]
     return run_cases(names, 2, folder)
@@ -148,6 +148,14 @@ def test_uneven_shards_choose_the_child_of_one_process(processes, one, request):
 
 def test_examples_of_samplers_that_leave_some_out_are_counted_once(two):
     assert two["sampled_shards"] == [[9, 12, 17, 20, 20]] * 2
+
+
+def test_a_process_that_fails_reads_on_only_where_the_others_wait_for_its_part(two):
+    first, last = two["dispatched_shards"]
+    assert first["examples"] == last["examples"] == [3, 8, 17, 23]
+    for kind in ("error", "own"):
+        assert "process 1 of 2 has failed" in first[kind][1] and last[kind] == ("RuntimeError", "no loss")
+    assert (first["read"], last["read"]) == (9, 1)
 
 
 def test_all_stop_when_one_process_fails(two):
