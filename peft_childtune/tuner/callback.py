@@ -80,7 +80,8 @@ class ChildTuningCallback(TrainerCallback):
         """Choose, on the model that the trainer holds.
 
         Raises:
-            SelectionError: the model has no such adapter, or the trainer is not to be found.
+            SelectionError: the model has no such adapter, the trainer is not to be found, or the checkpoint to resume
+                from is there for some processes only; and what `select_child_network` raises.
         """
         model: nn.Module = kwargs["model"]
         if not (waiting := self._without_child(model)):
