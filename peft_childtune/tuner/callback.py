@@ -88,7 +88,10 @@ class ChildTuningCallback(TrainerCallback):
             return
         checkpoint = args.resume_from_checkpoint
         resumes = checkpoint is not None and os.path.isdir(checkpoint)
-        agree(f"resumes: {resumes}", what=f"{checkpoint} has to be there for all, or for none.")
+        agree(
+            "a checkpoint to resume from" if resumes else "none to resume from",
+            what="what `args.resume_from_checkpoint` names has to be there for all, or for none.",
+        )
         if resumes:
             logger.info("%s brings its child along, so none is chosen.", checkpoint)
             return

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, ranks, select_child_network
+from peft_childtune import (
+    ChildTuningCallback,
+    ChildTuningConfig,
+    get_child_network,
+    get_deltas,
+    ranks,
+    select_child_network,
+)
 from peft_childtune.codec import write_step_
 from peft_childtune.tuner import ChildTuningLayer
 from tests.distributed.launching import answer
@@ -245,6 +253,7 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
     resampled = get_peft_model(
         base_model(), ChildTuningConfig(task_type="SEQ_CLS", mode="task_free", resample=True, seed=place()[0])
     )
+    resuming = SimpleNamespace(resume_from_checkpoint=str(folder) if last else None, disable_tqdm=True)
     different = get_peft_model(base_model(seed=place()[0]), ChildTuningConfig(task_type="SEQ_CLS"))
     return [
         _error_of(lambda: select_child_network(_selectable(), poisoned, show_progress=False)),
@@ -259,6 +268,7 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         _error_of(lambda: checkpointed.train()(**shard()[0])),
         _error_of(lambda: active.train()(**shard()[0])),
         _error_of(lambda: select_child_network(torch.compile(ddp, backend="eager"))),
+        _error_of(lambda: ChildTuningCallback(shard()).on_init_end(resuming, None, None, model=_selectable())),
     ]
 
 

@@ -171,9 +171,15 @@ def test_processes_that_hold_different_children_or_models_are_refused(two):
         assert run[3][0] == "SelectionError" and "transformers.set_seed" in run[3][1]
 
 
+def test_a_checkpoint_that_some_processes_do_not_find_is_refused(two):
+    for run in two["one_fails"]:
+        assert run[12][0] == "SelectionError"
+        assert "process 1 of 2 has a checkpoint to resume from, process 0 has none to resume from" in run[12][1]
+
+
 def test_what_ddp_would_not_synchronise_is_refused(two):
     for run in two["one_fails"]:
-        selected, late, masks, resampled, early, checkpointed, active, compiled = run[4:]
+        selected, late, masks, resampled, early, checkpointed, active, compiled = run[4:12]
         assert {kind for kind, _ in run[4:]} == {"SelectionError"}
         assert "is in DistributedDataParallel already" in selected[1] and compiled == selected
         assert "after the model was wrapped" in late[1] and "after the model was wrapped" in early[1]
