@@ -58,15 +58,15 @@ def sum_over_ranks_(tensor: Tensor) -> None:
         tensor.copy_(there)
 
 
-def _gather(value: str | None) -> list[str | None]:
-    gathered: list[str | None] = [None] * world_size()
+def _gather(value: str | None, group: dist.ProcessGroup | None = None) -> list[str | None]:
+    gathered: list[str | None] = [None] * dist.get_world_size(group)
     # a process that never comes leaves the others waiting without a word
     hint = threading.Timer(
         _PATIENCE,
         logger.warning,
         [
-            "process %d has waited %d s for the others: they are still at work, or they do not call "
-            "`select_child_network`. Every process has to: not only the main one, and not under `main_process_first`.",
+            "process %d has waited %d s for the others: they are still at work, or never come here. Every process has "
+            "to call `select_child_network`, and to train: not only the main one, and not under `main_process_first`.",
             rank(),
             _PATIENCE,
         ],
@@ -74,7 +74,7 @@ def _gather(value: str | None) -> list[str | None]:
     hint.daemon = True
     hint.start()
     try:
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group=group)
     finally:
         hint.cancel()
     return gathered
@@ -113,19 +113,20 @@ def failing_together() -> Iterator[None]:
             raise _shared(SelectionError(f"process {number} of {len(messages)} has failed, so all stop. {message}"))
 
 
-def agree(value: str, *, what: str) -> None:
+def agree(value: str, *, what: str, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every process unless all have the same `value`.
 
     Args:
         value: a digest, or anything else that is short.
         what: what differs, and the way out, for the message.
+        group: the processes that are asked, all by default; their numbers in the message are those within it.
 
     Raises:
         SelectionError: two processes differ.
     """
     if world_size() == 1:
         return
-    found = _gather(value)
+    found = _gather(value, group)
     for number, other in enumerate(found):
         if other != found[0]:
             differ = f"process {number} of {len(found)} has {other}, process 0 has {found[0]}: {what}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_childtune.errors import ScoreError
-from peft_childtune.ranks import agree, failing_together, is_first_rank, sum_over_ranks_, unwrapped, world_size
+from peft_childtune.ranks import agree, failing_together, is_first_rank, sum_over_ranks_, unwrapped
 from peft_childtune.scores.batch import detached_to, loss_of
 from peft_childtune.scores.batchwise import BatchFisher, BatchGradients, MeanGradient
 from peft_childtune.scores.fisher import PerExampleFisher
@@ -50,7 +50,8 @@ def score_parameters(
     Args:
         model: any module; `model(**batch)` returns a loss, or `loss_fn` computes one.
         parameters: name to parameter, anywhere in `model`, trainable or not.
-        dataloader: yields batches; tensors are moved to the model's device. Read once.
+        dataloader: yields batches; tensors are moved to the model's device. Read once. If its `is_read_together` is
+            true, every process has to read all of it, and does, even one that fails.
         score: `fisher`, mean over examples of the squared gradient of that example's own loss, equal to a loop over
             batches of one; an example of which every label is ignored adds nothing and counts.
             `fisher_batch`, mean over batches of the squared batch gradient, the authors' estimate.
@@ -158,7 +159,7 @@ def _pass(
                 if index == 0 and not math.isnan(loss):  # at once, not after a pass over all the data
                     _check_not_all_zero(scorer.sums)
         except Exception:
-            if world_size() > 1:  # accelerate's `dispatch_batches` has all processes fetch together
+            if getattr(dataloader, "is_read_together", False):  # the other processes would wait for this one's part
                 for _ in batches:
                     pass
             raise

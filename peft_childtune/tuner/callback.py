@@ -80,14 +80,18 @@ class ChildTuningCallback(TrainerCallback):
         """Choose, on the model that the trainer holds.
 
         Raises:
-            SelectionError: the model has no such adapter, or the trainer is not to be found.
+            SelectionError: the model has no such adapter, the trainer is not to be found, or the checkpoint to resume
+                from is there for some processes only; and what `select_child_network` raises.
         """
         model: nn.Module = kwargs["model"]
         if not (waiting := self._without_child(model)):
             return
         checkpoint = args.resume_from_checkpoint
         resumes = checkpoint is not None and os.path.isdir(checkpoint)
-        agree(f"resumes: {resumes}", what=f"{checkpoint} has to be there for all, or for none.")
+        agree(
+            "a checkpoint to resume from" if resumes else "none to resume from",
+            what="what `args.resume_from_checkpoint` names has to be there for all, or for none.",
+        )
         if resumes:
             logger.info("%s brings its child along, so none is chosen.", checkpoint)
             return

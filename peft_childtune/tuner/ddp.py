@@ -12,39 +12,44 @@ from ..errors import SelectionError
 from ..ranks import agree
 from ..weights import digest
 
-__all__ = ["check_synchronised"]
+__all__ = ["DIFFERENT_CHILDREN", "check_synchronised", "children_of"]
 
-_KNOWN: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()  # the parameters of each, by their ids
+_KNOWN: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()  # what each synchronises, by ids of parameters
 
 
 def check_synchronised(values: Tensor, name: str) -> None:
     """Raise if a trained delta takes part in a forward of a DistributedDataParallel that does not synchronise it.
 
-    At the first such forward of a model its children are compared over the processes, which is a collective.
+    At the first such forward of a model its children are compared over its processes, which is a collective.
 
     Raises:
-        SelectionError: the delta was made after the model was wrapped, so each process would train its own; or the
-            processes hold different children.
+        SelectionError: the delta was made, or made active, after the model was wrapped, so each process would train
+            its own; or the processes hold different children.
     """
     active: Any = DistributedDataParallel._active_ddp_module
     if active is None:
         return
     if active not in _KNOWN:
-        agree(f"children {_digest(active.module)}", what=_DIFFERENT)
-        _KNOWN[active] = frozenset(map(id, active._module_parameters))
+        agree(children_of(active.module), what=DIFFERENT_CHILDREN, group=active.process_group)
+        # not `_module_parameters`, which has those, too, that were frozen when the model was wrapped
+        buckets = active.reducer._get_zeros_like_grad_buckets()
+        _KNOWN[active] = frozenset(id(parameter) for bucket in buckets for parameter in bucket.parameters())
     if id(values) not in _KNOWN[active]:
         raise SelectionError(
-            f"{name}: its delta was made after the model was wrapped in DistributedDataParallel, which does not "
-            "synchronise its gradient; choose the child, add and load adapters before (before `accelerator.prepare`)."
+            f"{name}: its delta was made, or made active, after the model was wrapped in DistributedDataParallel, "
+            "which does not synchronise its gradient; choose the child, add, load and activate adapters before "
+            "(before `accelerator.prepare`)."
         )
 
 
-_DIFFERENT = (
+DIFFERENT_CHILDREN = (
     "the children that are trained together have to be the same: give every process the same configuration, `seed` "
-    "above all, and the same base model."
+    "above all, the same base model, and the same active adapters."
 )
 
 
-def _digest(model: nn.Module) -> str:
+def children_of(model: nn.Module) -> str:
+    """Return a digest of the children in a model, and of which of them are trained."""
     codes = [buffer for name, buffer in model.named_buffers() if ".child_tuning_code." in name]
-    return digest("codes", *codes).hex()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and ".child_tuning_values." in name]
+    return f"children {digest(' '.join(trained), *codes).hex()}"

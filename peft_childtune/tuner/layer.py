@@ -54,7 +54,8 @@ class ChildTuningLayer(AdapterHolder):
             if holder is None or parameter not in holder._parameters:
                 continue
             values = holder._parameters[parameter]  # not `get`: ZeRO-3 gathers what is read like this
-            if not _is_traced() and torch.is_grad_enabled() and values.requires_grad:
+            # in training without gradients, too: reentrant checkpointing takes them later, outside of DDP's forward
+            if not _is_traced() and values.requires_grad and (torch.is_grad_enabled() or self.training):
                 check_synchronised(values, owner.full_name(parameter))
             found = owner.decoded(adapter_name, parameter, base)  # type: ignore[arg-type]  # as its delta, it is there
             if "_hf_hook" in module.__dict__:  # an offloaded base comes to its execution device, the delta does not

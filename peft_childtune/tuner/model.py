@@ -23,7 +23,7 @@ from .offload import bring_in_
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
 from .selection import data_free_children
-from .sharding import ZERO3, is_in_engine, keep_codes_out_of_ddp, sharding_of
+from .sharding import ZERO3, compare_divided, is_in_engine, keep_codes_out_of_ddp, sharding_of
 from .snapshot import Snapshot
 from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
@@ -289,6 +289,7 @@ class ChildTuningModel(BaseTuner):
                 "adapter_names: one batch with several adapters is not supported; call `set_adapter` and run "
                 "each part on its own."
             )
+        compare_divided(self.model)
         yield
 
     @classmethod

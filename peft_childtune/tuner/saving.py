@@ -88,7 +88,7 @@ def adapter_state_dict(
         state_dict: the model's, possibly gathered from shards; base weights in it are preferred to the model's own.
 
     Raises:
-        SelectionError: the adapter has no child yet, or `state_dict` lacks its tensors.
+        SelectionError: the adapter has no child yet, or `state_dict` lacks its tensors, or holds those of another.
         UnsupportedError: they are divided among processes.
     """
     if not state_dict and rank() > 0:  # a gathered state dict is empty on all processes but the first

@@ -240,6 +240,7 @@ def _warn_of_missing_group() -> None:
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
+    model = getattr(model, "_orig_mod", model)  # inside `torch.compile`
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise SelectionError(
             "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "

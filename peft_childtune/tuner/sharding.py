@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakSet
+
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
+from ..ranks import agree, world_size
 from ..weights import is_sharded
+from .ddp import DIFFERENT_CHILDREN, children_of
 from .gathered import is_partitioned
-from .layer import child_layers
+from .layer import ChildTuningLayer, child_layers
 from .loading import PEFT_PREFIX
 
-__all__ = ["ZERO3", "is_in_engine", "keep_codes_out_of_ddp", "refuse_sharded", "sharding_of"]
+__all__ = ["ZERO3", "compare_divided", "is_in_engine", "keep_codes_out_of_ddp", "refuse_sharded", "sharding_of"]
 
 ZERO3 = "DeepSpeed ZeRO-3"
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+_COMPARED: WeakSet[nn.Module] = WeakSet()
 
 
 def keep_codes_out_of_ddp(base: nn.Module) -> None:
@@ -46,6 +54,25 @@ def is_in_engine(model: nn.Module) -> bool:
     marks = ("_hp_mapping", "_z3_optimizer")
     is_engine = any(kind.__module__.startswith("deepspeed.") for kind in type(model).__mro__)
     return is_engine or any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
+
+
+def compare_divided(model: nn.Module) -> None:
+    """Compare children over the processes, once, in the first training forward of a model in FSDP or DeepSpeed.
+
+    These share the deltas and not the positions, so different ones would be trained as if they were the same.
+
+    Raises:
+        SelectionError: they differ.
+    """
+    if world_size() == 1 or model in _COMPARED or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    layer = next((module for module in model.modules() if isinstance(module, ChildTuningLayer)), None)
+    # FSDP marks every module that it manages
+    if layer is not None and ("_is_fsdp_managed_module" in layer.__dict__ or is_in_engine(layer)):
+        meshes: Iterator[Any] = (getattr(p, "device_mesh", None) for p in model.parameters() if is_sharded(p))
+        for group in [None] if (mesh := next(meshes, None)) is None else mesh.get_all_groups():
+            agree(children_of(model), what=DIFFERENT_CHILDREN, group=group)
+        _COMPARED.add(model)
 
 
 def _sharded_by(tensor: Tensor) -> str | None:

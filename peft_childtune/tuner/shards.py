@@ -14,17 +14,19 @@ __all__ = ["without_repeats"]
 
 
 def without_repeats(dataloader: Iterable[Any]) -> Iterable[Any]:
-    """Return the batches of a dataloader, each example of the dataset once over all processes.
+    """Return the batches of a dataloader, each example that it samples once over all processes.
 
     A dataloader that accelerate (or Trainer) has prepared starts again from the first examples where the last batches
-    would be uneven; counted twice, they would choose another child than one process would. Where the length of the
-    dataset is unknown, the repeats cannot be told and stay.
+    would be uneven; counted twice, they would choose another child than one process would. An iterable dataset has
+    no sampler to be asked for uneven batches: unless accelerate dispatches it, its repeats stay.
     """
-    if world_size() == 1 or not isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher):
+    if world_size() == 1:
         return dataloader
+    if isinstance(dataloader, DataLoaderDispatcher):
+        return _Dispatched(dataloader)
     sampler = getattr(dataloader, "batch_sampler", None)
-    is_padded = isinstance(sampler, BatchSamplerShard) and sampler.even_batches
-    return _Distinct(dataloader) if is_padded or isinstance(dataloader, DataLoaderDispatcher) else dataloader
+    is_padded = isinstance(dataloader, DataLoaderShard) and isinstance(sampler, BatchSamplerShard)
+    return _Uneven(dataloader) if is_padded else dataloader
 
 
 class _Distinct(Iterable[Any], Sized):
@@ -34,23 +36,32 @@ class _Distinct(Iterable[Any], Sized):
     def __len__(self) -> int:
         return len(self.dataloader)
 
+
+class _Uneven(_Distinct):
+    """Shares as they come, as in accelerate's own `join_uneven_inputs`."""
+
+    def __iter__(self) -> Iterator[Any]:
+        sampler = self.dataloader.batch_sampler
+        before, sampler.even_batches = sampler.even_batches, False
+        try:
+            yield from self.dataloader
+        finally:
+            sampler.even_batches = before
+
+
+class _Dispatched(_Distinct):
+    """Shares of batches that the first process has read, the last one filled up."""
+
+    is_read_together = True  # it sends each batch to the others
+
     def __iter__(self) -> Iterator[Any]:
         for batch in self.dataloader:
             size = batch_size(batch)
-            remainder = self._remainder()
             # the rule by which `gather_for_metrics` drops them: the real ones come first in the order of processes
-            if self.dataloader.end_of_dataloader and remainder > 0 and size:
-                kept = min(size, max(0, remainder - rank() * size))
+            if self.dataloader.end_of_dataloader and self.dataloader.remainder > 0 and size:
+                kept = min(size, max(0, self.dataloader.remainder - rank() * size))
                 if kept < size:
                     batch = examples(batch, slice(0, kept), size=size)
                 if not kept:
                     continue
             yield batch
-
-    def _remainder(self) -> int:
-        """Return how many examples the last batches of all processes hold: of what is sampled, not of the dataset."""
-        loader = self.dataloader
-        sampler = getattr(getattr(loader.batch_sampler, "batch_sampler", None), "sampler", None)
-        if isinstance(loader, DataLoaderShard) and loader.remainder >= 0 and isinstance(sampler, Sized):
-            return int(len(sampler) % loader.total_batch_size)
-        return int(loader.remainder)

@@ -13,6 +13,7 @@ from ..codec import decode_child
 from ..errors import IntegrityError, UnsupportedError
 from ..kernels import Hull, hull_of
 from ..sparse import ResampledUnits, TensorChild
+from ..weights import is_sharded
 from .offload import out_of_reach
 
 __all__ = ["ChildCode", "ChildValues", "Decoded"]
@@ -113,7 +114,7 @@ class ChildCode(nn.Module):
             return None
         self._decode(parameter, tuple(base.shape), base.device, name)
         found = self._decoded[parameter]
-        if found.numel != base.numel() or type(base).__name__ == "DTensor":
+        if found.numel != base.numel() or is_sharded(base):
             raise UnsupportedError(
                 f"{name}: FSDP has divided it among processes, and brings it in only during the forward and backward "
                 "of the unit it belongs to; let whole blocks be the units, not what is inside of an adapted layer."

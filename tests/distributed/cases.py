@@ -8,19 +8,29 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from peft_childtune import ChildTuningConfig, get_child_network, get_deltas, ranks, select_child_network
+from peft_childtune import (
+    ChildTuningCallback,
+    ChildTuningConfig,
+    get_child_network,
+    get_deltas,
+    ranks,
+    select_child_network,
+)
 from peft_childtune.codec import write_step_
 from peft_childtune.tuner import ChildTuningLayer
 from tests.distributed.launching import answer
@@ -133,7 +143,48 @@ def sampled_shards(folder: Path) -> list[int]:
     for number in (9, 12, 17):
         loader = DataLoader(rows(), 4, sampler=list(range(number)), collate_fn=collate)
         found.append(_digest(accelerator.prepare(loader), "gradient")[1])
+    without_rest = BatchSampler(SequentialSampler(rows()), 5, drop_last=True)
+    written_out = [list(range(start, start + 4)) for start in range(0, 20, 4)]
+    for batches in (without_rest, _Listed(written_out)):
+        loader = DataLoader(rows(), batch_sampler=batches, collate_fn=collate)
+        found.append(_digest(accelerator.prepare(loader), "gradient")[1])
     return found
+
+
+class _Listed(list[list[int]]):
+    """A batch sampler without a sampler."""
+
+    batch_size, drop_last = 4, False
+
+
+@case
+def dispatched_shards(folder: Path) -> dict[str, Any]:
+    """Count the examples of batches that the first process reads for all; let the last one fail at its first."""
+    accelerator = Accelerator()
+
+    def dispatched(number: int) -> Any:
+        loader = DataLoader(rows()[:number], 4, collate_fn=collate_evenly)
+        return prepare_data_loader(loader, device=accelerator.device, put_on_device=True, dispatch_batches=True)
+
+    def collate_evenly(part: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: tensor[: len(part)] for name, tensor in collate([*part, *rows()]).items()}
+
+    def fails(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if place()[0] == place()[1] - 1:
+            raise RuntimeError("no loss")
+        return model(**batch).loss
+
+    read: list[int] = []
+    own = [collate(rows()[:4])] * 9
+    counted = (read.append(number) or batch for number, batch in enumerate(own))
+    return {
+        "examples": [_digest(dispatched(number), "gradient")[1] for number in (3, 8, 17, 23)],
+        "error": _error_of(
+            lambda: select_child_network(_selectable(), dispatched(23), loss_fn=fails, show_progress=False)
+        ),
+        "own": _error_of(lambda: select_child_network(_selectable(), counted, loss_fn=fails, show_progress=False)),
+        "read": len(read),
+    }
 
 
 @case
@@ -186,10 +237,23 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
     ddp, late = wrapped(child_model("f_fixed"), "ddp"), wrapped(_selectable(score="random"), "ddp")
     late.module.add_adapter("late", ChildTuningConfig(task_type="SEQ_CLS", score="random", density=0.05))
     late.module.set_adapter("late")
+    early = _selectable(score="random")
+    early.add_adapter("early", ChildTuningConfig(task_type="SEQ_CLS", score="random", density=0.05))
+    early = wrapped(early, "ddp")
+    early.module.set_adapter("early")  # frozen when DDP looked
     masks = wrapped(child_model("f_resampled", seed=place()[0]), "ddp")
+    checkpointed = child_model("f_resampled", seed=place()[0])
+    checkpointed.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    checkpointed.enable_input_require_grads()
+    checkpointed = wrapped(checkpointed, "ddp")
+    active = child_model("f_fixed")
+    active.add_adapter("other", active.peft_config["default"])
+    active.set_adapter(["default", "other"][place()[0]])
+    active = wrapped(active, "ddp")
     resampled = get_peft_model(
         base_model(), ChildTuningConfig(task_type="SEQ_CLS", mode="task_free", resample=True, seed=place()[0])
     )
+    resuming = SimpleNamespace(resume_from_checkpoint=str(folder) if last else None, disable_tqdm=True)
     different = get_peft_model(base_model(seed=place()[0]), ChildTuningConfig(task_type="SEQ_CLS"))
     return [
         _error_of(lambda: select_child_network(_selectable(), poisoned, show_progress=False)),
@@ -200,7 +264,32 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         _error_of(lambda: late.train()(**shard()[0])),
         _error_of(lambda: masks.train()(**shard()[0])),
         _error_of(lambda: select_child_network(resampled)),
+        _error_of(lambda: early.train()(**shard()[0])),
+        _error_of(lambda: checkpointed.train()(**shard()[0])),
+        _error_of(lambda: active.train()(**shard()[0])),
+        _error_of(lambda: select_child_network(torch.compile(ddp, backend="eager"))),
+        _error_of(lambda: ChildTuningCallback(shard()).on_init_end(resuming, None, None, model=_selectable())),
     ]
+
+
+@case
+def divided_children(folder: Path) -> list[tuple[str, str]]:
+    """Train a child of its own in each process, of as many entries as the others'."""
+    found = []
+    for how in ("fsdp2", "fsdp1"):
+        model = wrapped(child_model("f_fixed", seed=place()[0], scope="tensor"), how)
+        found.append(_error_of(lambda model=model: model.train()(**shard()[0])))
+    return found
+
+
+@case
+def own_groups(folder: Path) -> dict[str, Any]:
+    """Train a model of its own in each process, in a group of one."""
+    rank, world = place()
+    groups = [dist.new_group([number]) for number in range(world)]
+    model = DistributedDataParallel(child_model("f_fixed", seed=rank), process_group=groups[rank])
+    train(model, steps=1)
+    return state_of(model)["codes"]
 
 
 @case

@@ -233,9 +233,17 @@ def selected_late(folder: Path) -> dict[str, str]:
     return found
 
 
-CASES |= {
-    case.__name__: case for case in (zero3_saved, zero3_small_parameters, by_accelerate, zero_init, selected_late)
-}
+def other_children(folder: Path) -> list[str]:
+    """Train a child of its own in each process, of as many entries as the others'."""
+    found = []
+    for stage in (2, 3):
+        engine = engine_of(child_model("f_fixed", seed=dist.get_rank(), scope="tensor"), stage)
+        found.append(refusal(lambda engine=engine: train(engine)))
+    return found
+
+
+_OTHERS = (zero3_saved, zero3_small_parameters, by_accelerate, zero_init, selected_late, other_children)
+CASES |= {case.__name__: case for case in _OTHERS}
 CASES |= {"trainer_zero2": _by_trainer(2), "trainer_zero3": _by_trainer(3)}
 
 

@@ -37,7 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(folder: Path) -> dict[str, list[Any]]:
     names = [f"zero{stage}_{kind}" for stage in (0, 2, 3) for kind in KINDS]
     names += [f"zero{stage}_{case}" for stage in (2, 3) for case in ("bf16", "fp16", "resumed")]
-    return _run([*names, "zero3_saved", "zero3_small_parameters", "selected_late", "zero_init"], folder)
+    names += ["zero3_saved", "zero3_small_parameters", "selected_late", "zero_init", "other_children"]
+    return _run(names, folder)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,11 @@ def test_a_given_or_random_child_trains_on_a_base_that_was_divided_while_it_load
 def test_what_needs_the_weights_is_refused_on_a_base_that_was_divided_while_it_loaded(two, act, error):
     for run in two["zero_init"]:
         assert run[act].startswith(f"{error}: ")
+
+
+def test_different_children_are_refused_before_they_are_trained_as_one(two):
+    for run in two["other_children"]:
+        assert all(found.startswith("SelectionError: ") and "`seed` above all" in found for found in run)
 
 
 def test_an_accelerate_loop_trains_and_saves_the_same(one, tmp_path):

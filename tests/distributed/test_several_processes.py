@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, list[Any]]:
     names = [f"{how}_{kind}" for how in HOW for kind in KINDS]
-    names += ["ddp_traffic", "uneven_shards", "sampled_shards", "progress_bars", "one_fails", "one_comes_late"]
-    names += ["fsdp2_evaluation", "fsdp2_units"]
+    names += ["ddp_traffic", "uneven_shards", "sampled_shards", "dispatched_shards", "progress_bars"]
+    names += ["one_fails", "one_comes_late", "divided_children", "own_groups", "fsdp2_evaluation", "fsdp2_units"]
     # these three change what accelerate takes the processes for
     names += [*TRAINERS, "fsdp2_bf16", *CHECKPOINTS, "fsdp2_saving", *SHARDED_TRAINERS, "trainer_sharded_checkpoint"]
     return run_cases(names, 2, folder)
@@ -146,8 +146,16 @@ def test_uneven_shards_choose_the_child_of_one_process(processes, one, request):
         assert {examples for _, examples in run.values()} == {23}
 
 
-def test_samplers_that_are_shorter_than_their_dataset_are_counted_right(two):
-    assert two["sampled_shards"] == [[9, 12, 17]] * 2
+def test_examples_of_samplers_that_leave_some_out_are_counted_once(two):
+    assert two["sampled_shards"] == [[9, 12, 17, 20, 20]] * 2
+
+
+def test_a_process_that_fails_reads_on_only_where_the_others_wait_for_its_part(two):
+    first, last = two["dispatched_shards"]
+    assert first["examples"] == last["examples"] == [3, 8, 17, 23]
+    for kind in ("error", "own"):
+        assert "process 1 of 2 has failed" in first[kind][1] and last[kind] == ("RuntimeError", "no loss")
+    assert (first["read"], last["read"]) == (9, 1)
 
 
 def test_all_stop_when_one_process_fails(two):
@@ -163,19 +171,39 @@ def test_processes_that_hold_different_children_or_models_are_refused(two):
         assert run[3][0] == "SelectionError" and "transformers.set_seed" in run[3][1]
 
 
+def test_a_checkpoint_that_some_processes_do_not_find_is_refused(two):
+    for run in two["one_fails"]:
+        assert run[12][0] == "SelectionError"
+        assert "process 1 of 2 has a checkpoint to resume from, process 0 has none to resume from" in run[12][1]
+
+
 def test_what_ddp_would_not_synchronise_is_refused(two):
     for run in two["one_fails"]:
-        selected, late, masks, resampled = run[4:]
+        selected, late, masks, resampled, early, checkpointed, active, compiled = run[4:12]
         assert {kind for kind, _ in run[4:]} == {"SelectionError"}
-        assert "is in DistributedDataParallel already" in selected[1]
-        assert "made after the model was wrapped" in late[1]
+        assert "is in DistributedDataParallel already" in selected[1] and compiled == selected
+        assert "after the model was wrapped" in late[1] and "after the model was wrapped" in early[1]
         assert "the same configuration, `seed` above all" in masks[1]
+        assert "the same configuration, `seed` above all" in checkpointed[1]
+        assert "the same active adapters" in active[1]
         assert "of seed 1" in resampled[1] and "chose different children" in resampled[1]
+
+
+def test_different_children_are_refused_by_fsdp_as_well(two):
+    for run in two["divided_children"]:
+        assert {kind for kind, _ in run} == {"SelectionError"}
+        assert all("the same configuration, `seed` above all" in message for _, message in run)
+
+
+def test_groups_that_train_apart_may_have_different_children(two):
+    first, second = two["own_groups"]
+    assert any(not torch.equal(code, second[name]) for name, code in first.items())
 
 
 def test_a_process_that_waits_for_others_says_what_for(two):
     first, last = two["one_comes_late"]
-    assert len(first) == 1 and "Every process has to" in first[0] and last == []
+    assert len(first) == 1 and last == []
+    assert "Every process has to call `select_child_network`, and to train" in first[0]
 
 
 def test_the_first_process_alone_shows_a_bar(two):
