@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codec import STEP_BYTES, is_resampled
-from ..errors import SelectionError, UnsupportedError
+from ..errors import DeltaError, SelectionError, UnsupportedError
 from ..ranks import rank
 from ..seal import Sealed, make_seal
 from ..weights import Fingerprint, fingerprint, is_sharded
@@ -74,6 +74,26 @@ def _check_code(key: str, code: Tensor, *, live: Tensor) -> None:
         )
 
 
+def _check_values(key: str, values: Tensor, *, kept: int | None) -> None:
+    """Raise unless a delta from a state dict is one that loaders accept.
+
+    Args:
+        key: of the delta.
+        values: the delta.
+        kept: how many entries its child has; None where this process does not know.
+    """
+    if kept not in (None, values.numel()):
+        raise SelectionError(
+            f"{key}: the state dict holds {values.numel()} numbers for the {kept} kept entries of this tensor; take the "
+            "state dict after the selection, or after loading."
+        )
+    if not values.is_meta and not bool(torch.isfinite(values).all()):
+        raise DeltaError(
+            f"{key}: the delta holds numbers that are not finite, which no loader accepts: training has diverged. Go "
+            "back to an earlier checkpoint, with a lower learning rate or a longer warm-up."
+        )
+
+
 def adapter_state_dict(
     model: nn.Module, config: ChildTuningConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -89,6 +109,7 @@ def adapter_state_dict(
 
     Raises:
         SelectionError: the adapter has no child yet, or `state_dict` lacks its tensors, or holds those of another.
+        DeltaError: a delta is not finite.
         UnsupportedError: they are divided among processes.
     """
     if not state_dict and rank() > 0:  # a gathered state dict is empty on all processes but the first
@@ -125,6 +146,7 @@ def adapter_state_dict(
                 code = state_dict.get(code_key, live)
                 values = _whole(values_key, state_dict[values_key], own, sharding)
                 _check_code(values_key, code, live=live)
+                _check_values(values_key, values, kept=None if sharding else own.numel())
                 if config.save_dtype is not None:
                     values = values.to(_DTYPES[config.save_dtype])
                 out[code_key], out[values_key] = code, values

@@ -6,7 +6,8 @@ import contextlib
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from torch import nn
 
 from peft_childtune import ChildTuningConfig
 from tests.contract.families import FAMILIES, add_noise, differing, layers_in, same_bits, snapshot, wrap
@@ -126,3 +127,21 @@ def test_a_switch_that_fails_at_any_step_can_be_done_again(step, monkeypatch):
         model.merge_adapter()
     switch()
     assert differing(model, snapshot(expected)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_thousand_switches_leave_the_base_bit_for_bit(dtype):
+    plain = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(40, 30), nn.LayerNorm(30)])}).to(dtype)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    options = {"target_modules": ["0", "1"], "mode": "task_free", "init_weights": False}
+    model = get_peft_model(plain, ChildTuningConfig(**options, density=0.3))
+    model.add_adapter("b", ChildTuningConfig(**options, density=0.6, seed=1))
+    for cycle in range(1000):
+        model.base_model.set_adapter(["default", "b"][cycle % 2])
+        model.merge_adapter()
+        model.unmerge_adapter()
+    now = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    assert [name for name, tensor in before.items() if not same_bits(tensor, now[name])] == []

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from peft_childtune import (
     ChildNetwork,
     ChildTuningConfig,
+    DeltaError,
     SelectionError,
     get_child_network,
     get_deltas,
@@ -225,3 +226,25 @@ def test_training_that_goes_on_from_rounded_deltas_is_warned_of(save_dtype, toy,
     model.save_pretrained(tmp_path)
     model.load_adapter(str(tmp_path), "default", is_trainable=True)  # as Trainer resumes
     assert ("rounded deltas" in caplog.text) == (save_dtype is not None)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_delta_that_is_not_finite_is_not_saved_and_the_old_file_stays(number, toy, tmp_path):
+    model = _trained(toy)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    values = model.base_model.model.layers[1].fc.child_tuning_values["default"].get("weight")
+    with torch.no_grad():
+        values[0] = number
+    with pytest.raises(DeltaError, match=r"layers\.1\.fc\.child_tuning_values.*not finite.*diverged"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_state_dict_with_a_delta_of_another_length_is_refused(toy, tmp_path):
+    model = _trained(toy)
+    state = model.state_dict()
+    key = f"{_PATH}.0.fc.child_tuning_values.default.weight"
+    state[key] = state[key][:-1]
+    with pytest.raises(SelectionError, match=f"{key}: the state dict holds"):
+        model.save_pretrained(tmp_path, state_dict=state)
