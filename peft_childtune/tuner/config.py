@@ -76,6 +76,9 @@ class ChildTuningConfig(PeftConfig):
         child (`dict[str, list[int]]`, *optional*, defaults to `None`):
             Kept entries and coded bytes of each covered tensor: written when an adapter is saved, so that loaders can
             size its tensors. Its presence means that weights are about to be loaded; leave it alone.
+        pickled (`bool`, *optional*, defaults to `False`):
+            Whether the weights are a pickle, `adapter_model.bin`: written when an adapter is saved with
+            `safe_serialization=False`. A pickle is loaded only if this says so; leave it alone.
 
     Example:
         >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.02).score
@@ -194,6 +197,15 @@ class ChildTuningConfig(PeftConfig):
             )
         },
     )
+    pickled: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Whether the weights are a pickle, `adapter_model.bin`: written when an adapter is saved with "
+                "`safe_serialization=False`. A pickle is loaded only if this says so; leave it alone."
+            )
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check every option, alone and with the others."""
@@ -234,6 +246,7 @@ class ChildTuningConfig(PeftConfig):
             changes: fields to be taken as something else than they are now.
         """
         own = {f.name: f.default for f in fields(self) if f.name in ChildTuningConfig.__annotations__}
+        own.pop("pickled")  # not known when the weights are sealed
         held = self.to_dict() | changes
         if isinstance(held["modules_to_save"], list):  # PEFT repeats its own entries whenever it loads
             held["modules_to_save"] = sorted(set(held["modules_to_save"]))
@@ -249,15 +262,16 @@ class ChildTuningConfig(PeftConfig):
         PEFT has written that adapter's weights file just before: it is flushed to the disk, too.
 
         Raises:
-            UnsupportedError: the weights were saved as a pickle.
+            UnsupportedError: the weights were saved as a pickle, beside an older safetensors file.
         """
         folder = Path(save_directory)
-        if (folder / WEIGHTS_NAME).exists():
+        pickled = _is_newer(folder / WEIGHTS_NAME, folder / SAFETENSORS_WEIGHTS_NAME)
+        if pickled and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
             raise UnsupportedError(
-                f"{folder / WEIGHTS_NAME}: is a pickle, and adapters of this method are safetensors files; remove it, "
-                "and save without safe_serialization=False."
+                f"{folder}: holds {SAFETENSORS_WEIGHTS_NAME} of an older save, which loaders would take; remove it, "
+                "or save without safe_serialization=False."
             )
-        saved = self.to_dict() | {"child": self.__dict__.pop("_layout", self.child)}
+        saved = self.to_dict() | {"child": self.__dict__.pop("_layout", self.child), "pickled": pickled}
         if (mapping := kwargs.get("auto_mapping_dict")) is not None:
             saved["auto_mapping"] = mapping
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,3 +335,9 @@ class ChildTuningConfig(PeftConfig):
             raise ConfigError("layers_pattern cannot be used when target_modules is a str; list the names instead.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set, but layers_to_transform is not; name the blocks to adapt.")
+
+
+def _is_newer(first: Path, second: Path) -> bool:
+    if not first.exists():
+        return False
+    return not second.exists() or first.stat().st_mtime_ns > second.stat().st_mtime_ns

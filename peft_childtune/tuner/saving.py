@@ -84,8 +84,8 @@ def _check_values(key: str, values: Tensor, *, kept: int | None) -> None:
     """
     if kept not in (None, values.numel()):
         raise SelectionError(
-            f"{key}: the state dict holds {values.numel()} numbers for the {kept} kept entries of this tensor; take the "
-            "state dict after the selection, or after loading."
+            f"{key}: the state dict holds {values.numel()} numbers for the {kept} kept entries of this tensor; take "
+            "the state dict after the selection, or after loading."
         )
     if not values.is_meta and not bool(torch.isfinite(values).all()):
         raise DeltaError(

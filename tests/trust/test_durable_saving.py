@@ -153,10 +153,19 @@ def test_where_leases_do_not_exist_nothing_is_swept(tmp_path, monkeypatch):
     assert (tmp_path / ".tmpAbC123").exists()
 
 
-def test_a_pickle_is_refused_when_saving(tmp_path):
-    with pytest.raises(UnsupportedError, match=r"adapter_model\.bin: is a pickle.*without safe_serialization=False"):
-        PAIRS["same child"]()[0].save_pretrained(tmp_path, safe_serialization=False)
-    assert not (tmp_path / "adapter_config.json").exists()
+def test_a_pickle_beside_an_older_safetensors_file_is_refused_for_loaders_would_take_that(tmp_path):
+    models = PAIRS["same child"]()
+    models[0].save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"holds adapter_model\.safetensors of an older save.*remove it"):
+        models[1].save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_a_safetensors_file_beside_an_older_pickle_is_what_is_loaded(tmp_path):
+    models = PAIRS["same child"]()
+    models[0].save_pretrained(tmp_path, safe_serialization=False)
+    models[1].save_pretrained(tmp_path)
+    assert _in(tmp_path) == saved(models[1])
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["pickled"] is False
 
 
 def test_what_is_written_durably_is_there_and_settling_a_missing_file_says_so(tmp_path):
