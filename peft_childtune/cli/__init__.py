@@ -1,0 +1,26 @@
+"""The `childtune` command: what is in an adapter, whether it is sound, and to and from full checkpoints.
+
+It needs the extra `cli` (typer and rich); without it, it says so.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command; exit with 0 (well), 1 (damaged, or not possible) or 2 (could not be tried)."""
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):
+            raise
+        print(
+            f'childtune: {error.name} is not installed; run: pip install "peft_childtune[cli]" (or pip install typer '
+            "rich)",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+    app(prog_name="childtune")
