@@ -25,7 +25,7 @@ from .verification import verify_seal, verify_stored
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Artifact", "Stored", "Verdict", "read_json"]
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-CODINGS = {0: "raw", 1: "rice", 2: "block rice", 3: "bitmap", 4: "lzma", 8: "seeded", 9: "resampled"}
+CODINGS = {0: "raw", 1: "rice", 2: "block-rice", 3: "bitmap", 4: "lzma", 8: "seeded", 9: "resampled"}
 _PREFIX = "base_model.model."
 _CODE, _VALUES, _SEAL = ".child_tuning_code.", ".child_tuning_values.", ".child_tuning_seal"
 _FRONT = 320  # bytes of a code that hold its header, at most

@@ -15,12 +15,9 @@ def main() -> None:
     try:
         from .app import app
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        print(
-            f'childtune: {error.name} is not installed; run: pip install "peft_childtune[cli]" (or pip install typer '
-            "rich)",
-            file=sys.stderr,
-        )
+        print(f'childtune: {missing} is not installed; run: pip install "peft_childtune[cli]"', file=sys.stderr)
         raise SystemExit(2) from None
     app(prog_name="childtune")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,7 +166,6 @@ def diff(
             f"{density} is outside (0, 1]; 0.02 keeps 2 % of the weights.", param_hint="--density"
         )
     refuse_existing(output)
-    _quiet()
     from .diffing import diff_models
 
     name = None if Path(base).is_dir() else base
@@ -223,12 +221,3 @@ def apply_(folder: Folder, base: Model, output: Output) -> None:
     if artifact.heads:
         facts.append(("heads", f"{len(artifact.heads)} tensors, {len(added)} of them new to the base"))
     show_facts([*facts, ("checkpoint", f"{output}, {len(checkpoint.shards)} weights file(s)")])
-
-
-def _quiet() -> None:
-    """Keep transformers' bars and PEFT's warnings out of the way; errors still come."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.simplefilter("ignore")

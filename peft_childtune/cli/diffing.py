@@ -34,6 +34,8 @@ _TASKS = (
     ("LMHeadModel", "CAUSAL_LM"),
     ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
 )
+_WITH_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_SAVED_BY_PEFT = ("classifier", "score", "qa_outputs")  # whole, in any case, by the tasks that have them
 _NAMED = 3  # tensors that a message names, at most
 
 Bar = Callable[[Collection[str]], Iterable[str]]
@@ -105,7 +107,7 @@ def diff_models(
     config = ChildTuningConfig(
         task_type=next((task for end, task in _TASKS if type(before).__name__.endswith(end)), None),
         target_modules=targets,
-        modules_to_save=heads or None,
+        modules_to_save=[path for path in heads if path not in _SAVED_BY_PEFT] or None,
         score="magnitude",
         density=found.density,
     )
@@ -170,13 +172,10 @@ def _heads(before: nn.Module, after: nn.Module, info: dict[str, Any]) -> list[st
                 f"{owner or min(new)}: is new, or of another shape than in the base; give the base the same "
                 "vocabulary first (`resize_token_embeddings`, then `save_pretrained`)."
             )
-    # PEFT saves these of a classifier whole, in any case
-    if type(after).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
-        owners = [name for name in owners if not _inside(name, ("classifier", "score"))]
-        owners += [name for name in ("classifier", "score") if hasattr(after, name)]
-    if type(after).__name__.endswith("ForQuestionAnswering") and hasattr(after, "qa_outputs"):
-        owners = [name for name in owners if not _inside(name, ("qa_outputs",))] + ["qa_outputs"]
-    return owners
+    if not type(after).__name__.endswith(_WITH_HEADS):
+        return owners
+    saved = [name for name in _SAVED_BY_PEFT if hasattr(after, name)]
+    return [name for name in owners if not _inside(name, saved)] + saved
 
 
 def _differing(before: nn.Module, after: nn.Module, heads: list[str], bar: Bar) -> list[str]:

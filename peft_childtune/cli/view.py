@@ -6,7 +6,9 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ParamSpec
 
 import typer
@@ -56,7 +58,8 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
         logger = logging.getLogger("peft_childtune")
         logger.addHandler(handler)
         try:
-            command(*args, **kwargs)
+            with _quiet():
+                command(*args, **kwargs)
         except BrokenPipeError:
             raise  # the reader of a pipe has enough, which typer ends quietly
         except OSError as error:
@@ -68,6 +71,24 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             logger.removeHandler(handler)
 
     return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars and warnings of transformers, PEFT and torch out of the way; errors still come."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|huggingface_hub)(\.|$)")
+        try:
+            yield
+        finally:
+            theirs.set_verbosity(verbosity)
+            if bars:
+                theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class _Notes(logging.Handler):
