@@ -86,7 +86,7 @@ def _rewrite(folder, change):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     change(tensors)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
 
 
 def _reconfigure(folder, change):

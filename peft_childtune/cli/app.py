@@ -71,7 +71,8 @@ def verify(
         show_json(found.as_json())
     elif not found.problems:
         of_base = " No base was given to compare with (--base)." if base is None else f" It fits {base}."
-        counts = f"{found.tensors} tensors and {len(found.heads)} tensors of heads"
+        heads = f" and {_counted(len(found.heads), 'tensor')} of heads" if found.heads else ""
+        counts = f"{_counted(found.tensors, 'tensor')} of the child{heads}"
         print(f"{folder}: sound, {counts}." + ("" if found.unverified else of_base))
     for problem in found.problems[:_MOST_PROBLEMS]:
         note(problem)
@@ -220,4 +221,8 @@ def apply_(folder: Folder, base: Model, output: Output) -> None:
     ]
     if artifact.heads:
         facts.append(("heads", f"{len(artifact.heads)} tensors, {len(added)} of them new to the base"))
-    show_facts([*facts, ("checkpoint", f"{output}, {len(checkpoint.shards)} weights file(s)")])
+    show_facts([*facts, ("checkpoint", f"{output}, weights in {_counted(len(checkpoint.shards), 'file')}")])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
