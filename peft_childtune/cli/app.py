@@ -99,7 +99,7 @@ class _Found:
         self.is_other_base = False
         try:
             self.artifact = Artifact(folder)
-            config = ChildTuningConfig.from_pretrained(str(folder)).file_digest  # type: ignore[attr-defined]
+            config = ChildTuningConfig.from_pretrained(str(folder)).file_digest
         except (FormatError, ConfigError) as error:
             self.problems = [str(error)]
             return

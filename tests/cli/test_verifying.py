@@ -73,6 +73,24 @@ def test_every_problem_of_the_file_is_named(made, childtune, tmp_path):
     assert [problem.partition(":")[0] for problem in problems] == names
 
 
+def test_a_field_of_the_configuration_that_was_changed_is_damage(made, childtune, tmp_path):
+    shutil.copytree(made().adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"density": 0.2', '"density": 0.3'))
+    result = childtune("verify", tmp_path / "adapter")
+    assert result.exit_code == 1
+    assert "adapter_config.json: its fields are not those" in result.stderr
+
+
+def test_an_option_that_means_nothing_is_damage(made, childtune, tmp_path):
+    shutil.copytree(made().adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"density": 0.2', '"density": 7'))
+    result = childtune("verify", tmp_path / "adapter", "--json")
+    assert result.exit_code == 1
+    assert "density=7" in json.loads(result.stdout)["problems"][0]
+
+
 def _scaled_base(made, tmp_path, name, tensor):
     folders = made(name)
     model = folders.load(folders.base)
