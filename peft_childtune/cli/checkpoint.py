@@ -14,9 +14,10 @@ from torch import Tensor
 from ..artifact import read_json
 from ..errors import ChildTuningError
 
-__all__ = ["INDEX_NAME", "Checkpoint", "CheckpointError", "Names", "find_folder", "renamed_keys"]
+__all__ = ["INDEX_NAME", "Checkpoint", "CheckpointError", "Names", "find_folder", "model_class", "renamed_keys"]
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+_FLOATS = ("F64", "F32", "BF16", "F16")
 _PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -78,7 +79,7 @@ class Checkpoint:
         for name in names:
             path = folder / name
             if Path(name).name != name or not path.is_file():
-                raise CheckpointError(f"{path}: is named in {INDEX_NAME}, but is not there; fetch it again.")
+                raise CheckpointError(f"{path}: is named in {INDEX_NAME}, but is no file beside it; fetch it again.")
             try:
                 file = self._stack.enter_context(safe_open(str(path), framework="pt"))
                 self.shards[name] = list(file.keys())
@@ -125,6 +126,12 @@ class Checkpoint:
                 "give the base model that adapter_config.json names. If this is it, transformers stores this weight "
                 "in another form than it uses: load the adapter with `PeftModel.from_pretrained`, which verifies too."
             )
+        for name, key in found.keys.items():
+            if (dtype := self._open[self.files[key]].get_slice(key).get_dtype()) not in _FLOATS:
+                raise CheckpointError(
+                    f"{name}: is stored as {dtype} in {self.folder}, quantised, so it can neither be compared nor "
+                    "merged; give the base as it was published."
+                )
         return found
 
 
@@ -165,23 +172,44 @@ def _match(names: Collection[str], table: dict[str, str]) -> Names:
     return best
 
 
+def model_class(folder: Path) -> tuple[Any, Any]:
+    """Return the configuration of a checkpoint, and the class of its model: one of transformers' own.
+
+    Raises:
+        CheckpointError: it names none; code that came with a checkpoint is never run.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its config.json cannot be read ({str(error).splitlines()[0]}).") from error
+    name = (config.architectures or [None])[0]
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"{folder}: `architectures` in config.json names no model of transformers ({config.architectures}); save "
+            "it with `save_pretrained` of its model."
+        )
+    return config, kind
+
+
 def renamed_keys(checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
     """Return how transformers reads a checkpoint: the model's names -> keys, and tied names -> those they follow.
 
     Tensors that it splits, stacks or fuses have no counterpart, and are left out; tied ones have all their names.
     """
     import torch
-    import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     same = {key: key for key in checkpoint.files}
     try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
-        with torch.device("meta"):
-            model = getattr(transformers, (config.architectures or [""])[0])(config)
-    except (OSError, ValueError, AttributeError):  # no configuration, or one of a class that is not transformers' own
+        config, kind = model_class(checkpoint.folder)
+    except CheckpointError:  # then names can only be taken as they are
         return same, {}
+    with torch.device("meta"):
+        model = kind(config)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]

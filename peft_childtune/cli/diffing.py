@@ -19,7 +19,7 @@ from ..tuner import ChildTuningConfig, select_child_network
 from ..tuner.install import covered_tensors
 from ..tuner.loading import head_tensors
 from ..tuner.targets import covered_names, default_targets
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, model_class
 from .output import new_folder
 
 __all__ = ["Diff", "diff_models"]
@@ -118,33 +118,21 @@ def diff_models(
 
 
 def _load(base: Path, tuned: Path) -> tuple[Any, Any, dict[str, Any]]:
-    import transformers
-
+    config, kind = model_class(tuned)
+    if (other := model_class(base)[0].model_type) != config.model_type:
+        raise TargetError(f"{tuned}: is of type {config.model_type}, the base of {other}; a diff needs one type.")
     try:
-        config = transformers.AutoConfig.from_pretrained(tuned)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        if kind is None:
-            raise CheckpointError(
-                f"{tuned}: its config.json names no class of transformers in `architectures` "
-                f"({config.architectures}); save it again with `save_pretrained`."
-            )
-        if (other := transformers.AutoConfig.from_pretrained(base).model_type) != config.model_type:
-            raise TargetError(f"{tuned}: is of type {config.model_type}, the base of {other}; a diff needs one type.")
         after = kind.from_pretrained(tuned, config=config).eval()
         before, info = kind.from_pretrained(
             base, config=config, dtype=after.dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, CheckpointError | TargetError):
-            raise
         raise CheckpointError(f"{base} or {tuned}: cannot be loaded ({str(error).splitlines()[0]}).") from error
     return before.eval(), after, info
 
 
 def _published_dtype(base: Path, after: Any) -> torch.dtype | None:
-    import transformers
-
-    own = transformers.AutoConfig.from_pretrained(base).dtype
+    own = model_class(base)[0].dtype
     return after.dtype if own is not None and own != after.dtype else None
 
 

@@ -29,7 +29,10 @@ def _run(*arguments, program=("-m", "peft_childtune.cli")):
 def test_the_module_verifies_from_a_shell(made):
     result = _run("verify", made().adapter, "--base", made().base)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{made().adapter}: sound, 32 tensors of the child and 2 tensors of heads. It fits {made().base}.\n"
+    assert (
+        result.stdout
+        == f"{made().adapter}: sound, 32 tensors of the child and 2 tensors of heads. It fits {made().base}.\n"
+    )
 
 
 def test_an_error_is_one_line_on_stderr_and_no_traceback(tmp_path):

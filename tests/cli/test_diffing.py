@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -217,6 +218,17 @@ def test_a_folder_without_a_model_is_said_to_be_unreadable(made, childtune, tmp_
     result = childtune("diff", made("gpt2").base, tmp_path / "empty", "-o", tmp_path / "out", "--exact")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["pipeline", "AutoTokenizer", "NoSuchModel", "os"])
+def test_only_models_of_transformers_are_made(made, childtune, tmp_path, name):
+    folders = made("gpt2")
+    shutil.copytree(folders.tuned, tmp_path / "tuned")
+    path = tmp_path / "tuned" / "config.json"
+    path.write_text(path.read_text().replace("GPT2LMHeadModel", name))
+    result = childtune("diff", folders.base, tmp_path / "tuned", "-o", tmp_path / "out", "--exact")
+    assert result.exit_code == 2
+    assert "names no model of transformers" in result.stderr
 
 
 def test_the_configuration_says_where_the_adapter_came_from(made, childtune, tmp_path):

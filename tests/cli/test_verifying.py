@@ -203,7 +203,32 @@ def test_pickled_weights_are_not_read(made, childtune, tmp_path):
     assert "never read" in result.stderr
 
 
-@pytest.mark.parametrize("damage", ["empty folder", "no such id", "cut off", "missing shard", "index"])
+def test_a_quantised_base_cannot_be_compared(made, childtune, tmp_path):
+    folders = made("llama")
+    folders.load(folders.base).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.0.mlp.up_proj.weight"] = stored["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    save_file(stored, path, metadata={"format": "pt"})
+    result = childtune("verify", folders.adapter, "--base", tmp_path / "base")
+    assert result.exit_code == 2
+    assert "model.layers.0.mlp.up_proj.weight: is stored as I8" in result.stderr
+
+
+def test_an_index_cannot_lead_out_of_its_folder(made, childtune, tmp_path):
+    folders = made("llama")
+    shutil.copytree(folders.base, tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    for path in (tmp_path / "base").glob("*.safetensors"):
+        path.rename(tmp_path / "elsewhere" / path.name)
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"../elsewhere/model-'))
+    result = childtune("verify", folders.adapter, "--base", tmp_path / "base")
+    assert result.exit_code == 2
+    assert "elsewhere" in result.stderr
+
+
+@pytest.mark.parametrize("damage", ["empty folder", "no such id", "cut off", "missing shard", "no weight map"])
 def test_a_base_that_cannot_be_read_is_no_verdict(made, childtune, tmp_path, damage):
     folders, base = made("llama"), tmp_path / "base"
     if damage == "empty folder":
@@ -215,8 +240,8 @@ def test_a_base_that_cannot_be_read_is_no_verdict(made, childtune, tmp_path, dam
         path.write_bytes(path.read_bytes()[:-1])
     elif damage == "missing shard":
         sorted(base.glob("*.safetensors"))[0].unlink()
-    elif damage == "index":
-        (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    elif damage == "no weight map":
+        (base / "model.safetensors.index.json").write_text("{}")
     result = childtune("verify", folders.adapter, "--base", "no/such" if damage == "no such id" else base)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
