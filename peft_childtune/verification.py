@@ -14,7 +14,7 @@ from .errors import BaseMismatchError, FormatError, IntegrityError
 from .seal import Seal, Sealed, child_digest, head_fingerprint, name_hash, read_seal
 from .weights import matches
 
-__all__ = ["base_mismatch", "skip_verification", "verify_seal"]
+__all__ = ["base_mismatch", "skip_verification", "verify_seal", "verify_stored"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,14 @@ def _names(what: str, sealed: Collection[bytes], found: Mapping[str, object]) ->
         )
 
 
-def _problems(
-    saved: Seal, children: Mapping[str, Sealed], heads: Mapping[str, Tensor], config: bytes | None, made_for: str
+def _stored_problems(
+    saved: Seal,
+    children: Mapping[str, Sealed],
+    heads: Mapping[str, Tensor],
+    config: bytes | None,
+    unverified: list[str],
 ) -> Iterator[Exception]:
-    """Yield an error for each thing that is not as the seal has it, and warn of what it cannot tell."""
+    """Yield an error for each stored thing that is not as the seal has it, and append what it cannot tell."""
     if config is not None and config != saved.config:
         yield IntegrityError(
             "adapter_config.json: its fields are not those with which the weights file was saved; one of the two is "
@@ -55,7 +59,6 @@ def _problems(
             )
         elif not bool(torch.isfinite(children[name].values).all()):
             yield IntegrityError(f"{name}: the delta holds numbers that are not finite; train and save it again.")
-    unverified = []
     for name, tensor in heads.items():
         if (fingerprint := saved.heads.get(name_hash(name))) is None:
             continue
@@ -65,7 +68,22 @@ def _problems(
             )
         elif same is None:
             unverified.append(name)
-    for name, (_, fingerprint) in sealed.items():
+
+
+def _problems(
+    saved: Seal,
+    children: Mapping[str, Sealed],
+    heads: Mapping[str, Tensor],
+    config: bytes | None,
+    made_for: str,
+    unverified: list[str],
+) -> Iterator[Exception]:
+    """Yield an error for each thing, stored or of the base, that is not as the seal has it, and warn likewise."""
+    yield from _stored_problems(saved, children, heads, config, unverified)
+    for name in children:
+        if (key := name_hash(name)) not in saved.children:
+            continue
+        _, fingerprint = saved.children[key]
         if (same := matches(fingerprint, children[name].fingerprint())) is False:
             yield base_mismatch(name, made_for)
         elif same is None:
@@ -87,6 +105,30 @@ def base_mismatch(name: str, made_for: str) -> BaseMismatchError:
     )
 
 
+def verify_stored(
+    seal: Tensor, children: Mapping[str, Sealed], heads: Mapping[str, Tensor], *, config: bytes | None = None
+) -> list[str]:
+    """Check that everything stored is what was saved; nothing is asked of the base.
+
+    Args:
+        seal: as made by `make_seal`, like the others.
+        children: see `seal`; no fingerprint is called for.
+        heads: see `seal`.
+        config: the digest of the configuration's own fields; None where the configuration came from no file.
+
+    Returns:
+        The heads of which nothing can be said, as they came in another half precision.
+
+    Raises:
+        FormatError: the seal itself is malformed.
+        IntegrityError: a tensor or the configuration was changed since, or a tensor is missing or one too many.
+    """
+    unverified: list[str] = []
+    for problem in _stored_problems(read_seal(seal), children, heads, config, unverified):
+        raise problem
+    return unverified
+
+
 def verify_seal(
     seal: Tensor,
     children: Mapping[str, Sealed],
@@ -94,7 +136,7 @@ def verify_seal(
     *,
     config: bytes | None = None,
     made_for: str = "the base model (and revision) named in its adapter_config.json",
-) -> None:
+) -> list[str]:
     """Check that everything is what was saved and that the base is the one it was made for.
 
     Args:
@@ -103,6 +145,9 @@ def verify_seal(
         heads: every `modules_to_save` tensor, as the file holds it.
         config: the digest of the configuration's own fields; None where the configuration came from no file.
         made_for: what the configuration says of the base, for errors.
+
+    Returns:
+        The tensors of which nothing can be said, bfloat16 here and float16 there; they are warned of as well.
 
     Raises:
         FormatError: the seal itself is malformed.
@@ -113,9 +158,11 @@ def verify_seal(
         saved = read_seal(seal)
     except FormatError as error:
         _report(error)
-        return
-    for problem in _problems(saved, children, heads, config, made_for):
+        return []
+    unverified: list[str] = []
+    for problem in _problems(saved, children, heads, config, made_for, unverified):
         _report(problem)
+    return unverified
 
 
 def _report(problem: Exception) -> None:

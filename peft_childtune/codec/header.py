@@ -47,8 +47,8 @@ class Header:
         return MAGIC + bytes([FORMAT_VERSION, self.coding, flags]) + b"".join(map(write_varint, numbers))
 
 
-def decode_header(reader: Reader, *, shape: tuple[int, ...]) -> Header:
-    """Return the header at the front of a code that must be of a weight of this shape.
+def decode_header(reader: Reader, *, shape: tuple[int, ...] | None) -> Header:
+    """Return the header at the front of a code that must be of a weight of this shape; of any, if that is None.
 
     Raises:
         FormatError: not a code, of another version or shape, or with a field out of its range.
@@ -64,7 +64,7 @@ def decode_header(reader: Reader, *, shape: tuple[int, ...]) -> Header:
         raise FormatError(f"flags: {flags}, above its limit 15; the code is damaged.")
     dimensions = reader.varint("dimensions", limit=MAX_DIMENSIONS)
     stored = tuple(reader.varint("shape", limit=MAX_NUMEL) for _ in range(dimensions))
-    if stored != tuple(shape):
+    if shape is not None and stored != tuple(shape):
         raise FormatError(f"shape: {stored} where the weight has {tuple(shape)}; this code is of another weight.")
     granularity: Granularity = _GRANULARITIES[flags & 3]
     block_size = reader.varint("block size", limit=MAX_NUMEL) if granularity == "block" else 1

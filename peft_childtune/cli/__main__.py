@@ -1,0 +1,7 @@
+"""`python -m peft_childtune.cli`, the same as `childtune`."""
+
+from __future__ import annotations
+
+from . import main
+
+main()
