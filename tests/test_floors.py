@@ -20,11 +20,12 @@ _BELOW = {
     "codec": {"sparse"},
     "kernels": {"sparse"},
     "scores": {"ranks", "sparse", "codec", "kernels"},
+    "untrusted": set(),
     "files": {"sparse", "codec", "kernels"},
     "weights": {"sparse", "codec", "kernels"},
-    "network": {"sparse", "codec", "kernels", "scores", "files", "weights"},
+    "network": {"sparse", "codec", "kernels", "scores", "files", "untrusted", "weights"},
     "seal": {"sparse", "codec", "kernels", "scores", "files", "weights"},
-    "tuner": {"ranks", "sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal"},
+    "tuner": {"ranks", "sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal", "untrusted"},
 }
 
 
