@@ -12,16 +12,25 @@ from torch import Tensor, nn
 from ..codec import decode_child
 from ..errors import FormatError, IntegrityError, SelectionError, UnsupportedError
 from ..seal import Sealed, seal_bytes, verify_seal
-from ..weights import Fingerprint, fingerprint
+from ..weights import Fingerprint, check_finite, fingerprint
 from .gathered import is_partitioned
 from .install import covered_tensors, layers_of
 from .layer import ChildTuningLayer, child_layers
 from .offload import onloaded
 from .snapshot import Snapshot
 
-__all__ = ["PEFT_PREFIX", "PendingLoad", "begin_load", "head_tensors", "remove_adapter", "sealed_tensor"]
+__all__ = [
+    "NATIVE_LOADER",
+    "PEFT_PREFIX",
+    "PendingLoad",
+    "begin_load",
+    "head_tensors",
+    "remove_adapter",
+    "sealed_tensor",
+]
 
 PEFT_PREFIX = "base_model.model."
+NATIVE_LOADER = "_load_pretrained_model"  # what transformers' `load_adapter` calls, on the model
 
 
 def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
@@ -54,7 +63,9 @@ class _NoLoadMap:
         return {} if adapter_name == self.adapter_name else real
 
 
-def _lift_load_maps(root: nn.Module, adapter_name: str) -> None:
+def _lift_stand_ins(root: nn.Module, adapter_name: str) -> None:
+    if getattr(root.__dict__.get(NATIVE_LOADER), "adapter_name", None) == adapter_name:
+        del root.__dict__[NATIVE_LOADER]
     for module in root.modules():
         stand_in = module.__dict__.get("adapter_state_dict_load_map")
         if isinstance(stand_in, _NoLoadMap) and stand_in.adapter_name == adapter_name:
@@ -79,13 +90,15 @@ def sealed_tensor(
         indices = torch.zeros(0, dtype=torch.int64)
         if code.numel():
             try:
-                child = decode_child(code, shape=tuple(layer.base_parameter(parameter).shape))
+                shape = tuple(layer.base_parameter(parameter).shape)
+                child = decode_child(code, shape=shape, nnz=values.numel())
             except FormatError as error:
                 raise type(error)(f"{name}: {error}") from error
             if child.nnz != values.numel():
                 raise IntegrityError(
                     f"{name}: {values.numel()} values for {child.nnz} kept entries; fetch the file again."
                 )
+            check_finite(name, values)
             indices = child.indices()
         with onloaded(layer):
             return fingerprint(layer.unmerged_base(parameter), indices)
@@ -139,7 +152,7 @@ class PendingLoad:
         return list(layers_of(self.root, self.adapter_name).values())
 
     def _close(self) -> None:
-        _lift_load_maps(self.root, self.adapter_name)
+        _lift_stand_ins(self.root, self.adapter_name)
         for layer in self._layers():
             layer._pending.pop(self.adapter_name, None)
             layer.child_tuning_seal._buffers.pop(self.adapter_name, None)
@@ -156,7 +169,7 @@ class PendingLoad:
 
     def discard(self) -> None:
         """Take everything of the adapter out of the model."""
-        _lift_load_maps(self.root, self.adapter_name)
+        _lift_stand_ins(self.root, self.adapter_name)
         remove_adapter(self.root, self.adapter_name, self.peft_config)
         self.before.restore_()
 

@@ -19,6 +19,7 @@ from .install import install_children, layers_of, prepare_places
 from .layer import ChildTuningLayer, child_layers
 from .loading import PendingLoad, begin_load, remove_adapter
 from .modules import find_own_inputs, wrap
+from .native import watch
 from .offload import bring_in_
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
@@ -112,6 +113,8 @@ class ChildTuningModel(BaseTuner):
             if config.child is not None or config.inference_mode:
                 pending = PendingLoad(adapter_name, model, self.peft_config, before, sized=config.child is not None)
                 begin_load(pending, by_peft_model=self._by_peft_model)
+                if not self._by_peft_model:
+                    watch(pending)
             keep_codes_out_of_ddp(model)
         except BaseException:
             remove_adapter(model, adapter_name, dict(self.peft_config))
