@@ -165,7 +165,8 @@ class ChildTuningModel(BaseTuner):
                 name = name.partition(".")[2]
         absent = sorted(target for target in config.target_modules if target not in endings)
         # PEFT has a good message for "none at all", but compares each name with each module first
-        if absent and (len(absent) < len(config.target_modules) or len(absent) > _MANY_TARGETS):
+        is_none = len(absent) == len(config.target_modules)
+        if absent and (not is_none or len(absent) > _MANY_TARGETS or config.child is not None):
             raise TargetError(
                 f"target_modules: {', '.join(map(shown, absent[:5]))}{' ...' * (len(absent) > 5)} match no module of "
                 f"{type(model).__name__}; remove or correct them."
