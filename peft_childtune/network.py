@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -11,14 +10,21 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .codec import decode_child, encode_child
+from .codec import decode_child, encode_child, measure_child
 from .errors import DeltaError, FormatError, IntegrityError
 from .files import load_tensors, save_tensors
 from .sparse import TensorChild, UnitGrid
+from .untrusted import read_header
+from .weights import digest
 
 __all__ = ["ChildNetwork"]
 
-_MAX_NUMEL = 1 << 36  # of one tensor in a file: far above any weight, and keeps a hostile file from asking for memory
+# What a file may ask for whose shapes nobody has vouched for: a few bytes can stand for any number of entries.
+_MAX_SCANNED = 1 << 27  # units that are drawn or decompressed to count the kept ones: some 3 s on one core
+_MAX_UNLISTED = 1 << 25  # kept entries beyond one for each bit of the file: 256 MiB as positions
+_MAX_UNSEALED = (
+    1 << 22
+)  # the same in files without a digest of their codes, whose positions must be listed to be checked
 _FORMAT = "peft_childtune.child_network.v1"
 
 
@@ -116,26 +122,40 @@ class ChildNetwork:
         """Return 32 hexadecimal digits that depend on names, shapes and positions, not on order or coding."""
         state = xxhash.xxh3_128()
         for name in sorted(self.children):
-            positions = self.indices[name]
+            positions = self.children[name].indices()  # not kept: one tensor's at a time
             state.update(f"{name}\0{self.children[name].grid.shape}\0{positions.numel()}\0".encode())
-            state.update(positions.numpy().tobytes())
+            state.update(positions.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers in this Python
         return state.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save to a safetensors file of one coded tensor per base tensor."""
         codes = {name: encode_child(child) for name, child in self.children.items()}
         shapes = ";".join(",".join(map(str, self.children[name].grid.shape)) for name in sorted(codes))
-        save_tensors(codes, path, {"format": _FORMAT, "digest": self.digest(), "shapes": shapes})
+        metadata = {"format": _FORMAT, "digest": self.digest(), "shapes": shapes}
+        save_tensors(codes, path, metadata | {"codes": _seal(codes, metadata)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ChildNetwork:
+    def load(
+        cls, path: str | os.PathLike[str], *, shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> ChildNetwork:
         """Load what `save` saved.
+
+        A few bytes can stand for any number of entries (a random child is stored as its seed), so a file may not ask
+        for more than a model of some 100 million weights needs, unless the shapes are known to be those of a model.
+
+        Args:
+            path: of the file.
+            shapes: of the base tensors it may be about, by name; `select_child_network(model, network=path)` gives
+                those of the model.
 
         Raises:
             FileNotFoundError: nothing is there.
-            FormatError: the file is malformed, or holds something else.
+            FormatError: the file is malformed, holds something else, or asks for too much.
             IntegrityError: the positions are not those that were saved.
+            DeltaError: it is about other tensors than `shapes`.
         """
+        if not os.path.isdir(path):
+            read_header(path)
         codes, metadata = load_tensors(path)
         if metadata.get("format") != _FORMAT:
             raise FormatError(
@@ -143,16 +163,26 @@ class ChildNetwork:
                 "is loaded with `PeftModel.from_pretrained`."
             )
         try:
-            shapes = [tuple(int(n) for n in part.split(",") if n) for part in metadata["shapes"].split(";")]
+            stored = [tuple(int(n) for n in part.split(",") if n) for part in metadata["shapes"].split(";")]
         except (KeyError, ValueError) as error:
             raise FormatError(f"{path}: the list of shapes is damaged; save the child network again.") from error
-        if len(shapes) != max(1, len(codes)):
-            raise FormatError(f"{path}: {len(shapes)} shapes for {len(codes)} tensors; save the child network again.")
-        for name, shape in zip(sorted(codes), shapes, strict=False):
-            if math.prod(shape) > _MAX_NUMEL:
-                raise FormatError(f"{path}: {name} has {math.prod(shape)} entries, above the limit {_MAX_NUMEL}.")
-        network = cls({n: decode_child(codes[n], shape=s) for n, s in zip(sorted(codes), shapes, strict=False)})
-        if network.digest() != metadata.get("digest"):
+        if len(stored) != max(1, len(codes)):
+            raise FormatError(f"{path}: {len(stored)} shapes for {len(codes)} tensors; save the child network again.")
+        if (seal := metadata.pop("codes", None)) not in (None, _seal(codes, metadata)):
+            raise IntegrityError(f"{path}: holds another child than was saved; the file is damaged, fetch it again.")
+        found = dict(zip(sorted(codes), stored, strict=False))
+        if shapes is None:
+            _check_demands(path, codes, found, _MAX_UNSEALED if seal is None else _MAX_UNLISTED)
+        elif name := next((name for name, shape in found.items() if shape != shapes.get(name)), None):
+            raise DeltaError(
+                f"{name}: has the shape {found[name]} in {path}, and {shapes.get(name)} in the model; the child "
+                "network was chosen for another model, or for other target_modules."
+            )
+        try:
+            network = cls({name: decode_child(codes[name], shape=shape) for name, shape in found.items()})
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from error
+        if seal is None and network.digest() != metadata.get("digest"):
             raise IntegrityError(
                 f"{path}: holds other positions than were saved; the file is damaged, fetch it again."
             )
@@ -168,3 +198,37 @@ class ChildNetwork:
         """Return a summary."""
         kept = f"{self.nnz} of {self.numel} entries"
         return f"ChildNetwork({len(self.children)} tensors, {kept}, density {self.density:.3g})"
+
+
+def _seal(codes: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return 32 hexadecimal digits that depend on all that a file holds beside them."""
+    state = xxhash.xxh3_128()
+    for key, value in sorted(metadata.items()):
+        state.update(f"{key}\0{value}\0".encode())
+    for name in sorted(codes):
+        state.update(digest(name, codes[name]))
+    return state.hexdigest()
+
+
+def _check_demands(
+    path: str | os.PathLike[str],
+    codes: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    unlisted_limit: int,
+) -> None:
+    """Raise unless a file asks for no more than its length or a small model can justify; nothing is decoded."""
+    scanned = unlisted = 0
+    for name, shape in shapes.items():
+        try:
+            demand = measure_child(codes[name], shape=shape)
+        except FormatError as error:
+            raise FormatError(f"{path}: {name}: {error}") from error
+        scanned += demand.scanned
+        unlisted += max(0, demand.nnz - 8 * codes[name].numel())
+        if scanned > _MAX_SCANNED or unlisted > unlisted_limit:
+            raise FormatError(
+                f"{path}: {name} of shape {shape} takes the file, of {sum(c.numel() for c in codes.values())} bytes, "
+                f"to {scanned} units to draw and {unlisted} entries that it does not list, above the limits "
+                f"{_MAX_SCANNED} and {unlisted_limit}. If you trust it, say which tensors it is about: "
+                "`ChildNetwork.load(path, shapes=...)`, or `select_child_network(model, network=path)`."
+            )

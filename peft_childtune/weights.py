@@ -9,12 +9,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .errors import UnsupportedError
+from .errors import DeltaError, UnsupportedError
 from .sparse import compose_entries
 
 __all__ = [
     "FINGERPRINT_BYTES",
     "Fingerprint",
+    "check_finite",
     "digest",
     "fingerprint",
     "matches",
@@ -88,6 +89,26 @@ def _present(weight: Tensor) -> Tensor:
             "save the adapter, and merge it into a base that one process has loaded."
         )
     return weight.data
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise if a delta has an entry that is no number.
+
+    Raises:
+        DeltaError: it has.
+
+    Example:
+        >>> check_finite("fc.weight", torch.tensor([-0.0, 1e-45]))
+    """
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        at = int((~finite).nonzero()[0])
+        raise DeltaError(
+            f"{name}: {int((~finite).sum())} of its {values.numel()} deltas are not finite, the first one "
+            f"{values[at].item()} at place {at}; such an adapter is neither saved nor loaded. Where training has "
+            "diverged, go on from an earlier checkpoint with a lower learning rate; where save_dtype='float16' is too "
+            "narrow (65504), use 'bfloat16' or None."
+        )
 
 
 def is_sharded(tensor: Tensor) -> bool:

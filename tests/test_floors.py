@@ -20,13 +20,17 @@ _BELOW = {
     "codec": {"sparse"},
     "kernels": {"sparse"},
     "scores": {"ranks", "sparse", "codec", "kernels"},
+    "untrusted": set(),
     "files": {"sparse", "codec", "kernels"},
     "weights": {"sparse", "codec", "kernels"},
-    "network": {"sparse", "codec", "kernels", "scores", "files", "weights"},
+    "network": {"sparse", "codec", "kernels", "scores", "files", "untrusted", "weights"},
     "seal": {"sparse", "codec", "kernels", "scores", "files", "weights"},
     "verification": {"sparse", "codec", "kernels", "scores", "files", "weights", "seal"},
-    "artifact": {"sparse", "codec", "kernels", "scores", "files", "weights", "seal", "verification"},
-    "tuner": {"ranks", "sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal", "verification"},
+    "artifact": {"sparse", "codec", "kernels", "scores", "files", "weights", "seal", "verification", "untrusted"},
+    "tuner": {
+        "ranks", "sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal", "verification",
+        "untrusted",
+    },
 }
 
 

@@ -31,9 +31,7 @@ def unpack_unary(packed: Bytes, *, count: int) -> Ints:
     Raises:
         FormatError: another number of ones than `count`, or bytes after the last one.
     """
-    ones = one_bits(packed)
-    if ones.size != count:
-        raise FormatError(f"unary part: {ones.size} numbers where the header declares {count}; the code is damaged.")
+    ones = one_bits(packed, count=count, what="unary part: {} numbers")
     if packed.size != (int(ones[-1]) // 8 + 1 if count else 0):
         raise FormatError(f"unary part: {packed.size} bytes, some after its end; the code is damaged.")
     return ones
@@ -45,16 +43,27 @@ def running_sum_(steps: Ints) -> Ints:
     return steps
 
 
-def one_bits(packed: Bytes) -> Ints:
-    """Return the positions of the ones, int64, strictly increasing."""
+def one_bits(packed: Bytes, *, count: int | None = None, what: str = "payload: {} units") -> Ints:
+    """Return the positions of the ones, int64, strictly increasing.
+
+    Args:
+        packed: the bits.
+        count: how many ones there must be; checked before they are listed, which takes 64 times the memory.
+        what: they are, for the error.
+
+    Raises:
+        FormatError: another number of ones than `count`.
+    """
     chunks = [packed[start : start + _CHUNK] for start in range(0, packed.size, _CHUNK)]
     counts = [int(np.count_nonzero(np.unpackbits(chunk))) for chunk in chunks]
+    if count is not None and sum(counts) != count:
+        raise FormatError(f"{what.format(sum(counts))} where the header declares {count}; the code is damaged.")
     ones = np.empty(sum(counts), dtype=np.int64)
     filled = 0
-    for number, (chunk, count) in enumerate(zip(chunks, counts, strict=True)):
+    for number, (chunk, inside) in enumerate(zip(chunks, counts, strict=True)):
         found = np.flatnonzero(np.unpackbits(chunk, bitorder="little").view(np.bool_))
-        np.add(found, number * _CHUNK * 8, out=ones[filled : filled + count])
-        filled += count
+        np.add(found, number * _CHUNK * 8, out=ones[filled : filled + inside])
+        filled += inside
     return ones
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ..errors import ChildTuningError, FormatError
 from ..sparse import ResampledUnits, SeededUnits, TensorChild
 from .bits import Reader, write_varint
 from .header import MAX_DIMENSIONS, MAX_NUMEL, RESAMPLED, SEEDED, Header, decode_header
-from .indices import decode_units, encode_units
+from .indices import LZMA, decode_units, encode_units
 
 _STEP_BYTES = 8  # at the end of the code of a resampled child
 _MAX_SEED, _MAX_STREAM = (1 << 64) - 1, (1 << 63) - 1
@@ -55,7 +56,32 @@ def encode_child(child: TensorChild) -> Tensor:
     return torch.from_numpy(np.frombuffer(code, dtype=np.uint8).copy())
 
 
-def decode_child(code: Tensor, *, shape: tuple[int, ...]) -> TensorChild:
+@dataclass(frozen=True)
+class Demand:
+    """What decoding a code takes beyond its own length.
+
+    Attributes:
+        scanned: units that are drawn or decompressed, to see which are kept.
+        nnz: at most so many entries are kept.
+    """
+
+    scanned: int
+    nnz: int
+
+
+def measure_child(code: Tensor, *, shape: tuple[int, ...]) -> Demand:
+    """Return what `decode_child` would take; only the header of the code is read.
+
+    Raises:
+        FormatError: the header is not one of a child of a weight of this shape.
+    """
+    header = decode_header(_reader(code), shape=shape)
+    grid, (high, wide) = header.grid, header.grid.tile
+    nnz = grid.numel if header.coding == RESAMPLED else min(header.count * high * wide, grid.numel)
+    return Demand(grid.num_units if header.coding in (SEEDED, LZMA) else 0, nnz)
+
+
+def decode_child(code: Tensor, *, shape: tuple[int, ...], nnz: int | None = None) -> TensorChild:
     """Return the child that `encode_child` was given; listed units are on the CPU.
 
     Every length is checked before anything of that length is allocated.
@@ -63,15 +89,17 @@ def decode_child(code: Tensor, *, shape: tuple[int, ...]) -> TensorChild:
     Args:
         code: uint8, 1-D, on any device.
         shape: of the weight; must be the one in the code.
+        nnz: how many entries it must keep, if that is known: a code that keeps more is refused before its units are
+            listed, which a code of a few bytes can make as many as the weight has entries.
 
     Raises:
         FormatError: anything but the code of a child of a weight of this shape.
     """
-    if code.dtype != torch.uint8 or code.ndim != 1:
-        raise FormatError(f"code: {code.dtype} of shape {tuple(code.shape)}; a code is a 1-D uint8 tensor.")
-    reader = Reader(code.detach().cpu().contiguous().numpy())
+    reader = _reader(code)
     header = decode_header(reader, shape=shape)
     grid = header.grid
+    if nnz is not None:
+        _check_entries(header, nnz)
     if header.coding in (SEEDED, RESAMPLED):
         rule = _decode_rule(reader, header)
         return TensorChild(grid, rule)
@@ -85,6 +113,20 @@ def decode_child(code: Tensor, *, shape: tuple[int, ...]) -> TensorChild:
     return TensorChild(grid, torch.from_numpy(units))
 
 
+def _reader(code: Tensor) -> Reader:
+    if code.dtype != torch.uint8 or code.ndim != 1:
+        raise FormatError(f"code: {code.dtype} of shape {tuple(code.shape)}; a code is a 1-D uint8 tensor.")
+    return Reader(code.detach().cpu().contiguous().numpy())
+
+
+def _check_entries(header: Header, nnz: int) -> None:
+    grid, (high, wide) = header.grid, header.grid.tile
+    most = grid.numel if header.coding == RESAMPLED else header.count * high * wide
+    least = most if header.coding == RESAMPLED or grid.has_equal_units else header.count  # tiles are cut at the edges
+    if not least <= nnz <= most:
+        raise FormatError(f"count: {header.count} units are not {nnz} entries; the code is damaged.")
+
+
 def _decode_rule(reader: Reader, header: Header) -> SeededUnits | ResampledUnits:
     seed, stream = reader.varint("seed", limit=_MAX_SEED), reader.varint("stream", limit=_MAX_STREAM)
     word = reader.take(8, "threshold or density").tobytes()
@@ -96,7 +138,7 @@ def _decode_rule(reader: Reader, header: Header) -> SeededUnits | ResampledUnits
         ties = reader.varint("ties", limit=header.grid.num_units)
         reader.expect_end()
         seeded = SeededUnits(seed, stream, struct.unpack("<Q", word)[0], ties, header.count)
-        seeded.draw(header.grid.num_units)  # the count must be true before anyone relies on it
+        seeded.check(header.grid.num_units)  # the count must be true before anyone relies on it
     except FormatError:
         raise
     except ChildTuningError as error:

@@ -96,9 +96,7 @@ def decode_units(payload: Bytes, *, coding: int, by_column: bool, count: int, un
     else:
         bitmap = payload if coding == BITMAP else decompress_bitmap(payload, size=-(-limit // 8))
         check_padding(bitmap, limit)
-        units = one_bits(bitmap)
-        if units.size != count:
-            raise FormatError(f"payload: {units.size} units where the header declares {count}; the code is damaged.")
+        units = one_bits(bitmap, count=count)
     return _transposed(units, units_shape[::-1]).astype(np.int64) if by_column else units
 
 

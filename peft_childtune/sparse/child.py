@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,21 +51,44 @@ class SeededUnits:
             DeltaError: the rule keeps another number of units than `count`.
         """
         target = torch.device("cpu" if device is None else device)
-        found, ties = [], self.ties
-        for start, stop in chunk_bounds(num_units, target):
-            hashes = hash_positions(torch.arange(start, stop, device=target), seed=self.seed, stream=self.stream)
+        found, drawn = [], 0
+        for units in self._draw(num_units, target):
+            drawn += units.numel()
+            if drawn > self.count:  # no more than was promised is ever held
+                break
+            found.append(units)
+        self._check_count(drawn, num_units)
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=target)
+
+    def check(self, num_units: int) -> None:
+        """Draw the units without keeping them.
+
+        Raises:
+            DeltaError: the rule keeps another number of units than `count`.
+        """
+        self._check_count(sum(units.numel() for units in self._draw(num_units, torch.device("cpu"))), num_units)
+
+    def _draw(self, num_units: int, device: torch.device) -> Iterator[Tensor]:
+        ties = self.ties
+        for start, stop in chunk_bounds(num_units, device):
+            hashes = hash_positions(torch.arange(start, stop, device=device), seed=self.seed, stream=self.stream)
             if ties:
                 equal = (hashes == self.threshold).nonzero().flatten()[:ties]
                 ties -= equal.numel()
                 hashes[equal] = -1
-            found.append((hashes <= self.threshold - 1).nonzero().flatten() + start)
-        units = torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=target)
-        if units.numel() != self.count or ties:
+            yield (hashes <= self.threshold - 1).nonzero().flatten() + start
+        if ties:
             raise DeltaError(
-                f"seed={self.seed}, stream={self.stream} draws {units.numel()} of {num_units} units where "
+                f"seed={self.seed}, stream={self.stream} finds {self.ties - ties} of {self.ties} ties among "
+                f"{num_units} units; the record is damaged or belongs to another shape."
+            )
+
+    def _check_count(self, drawn: int, num_units: int) -> None:
+        if drawn != self.count:
+            raise DeltaError(
+                f"seed={self.seed}, stream={self.stream} draws {drawn} of {num_units} units where "
                 f"{self.count} were recorded; the record is damaged or belongs to another shape."
             )
-        return units
 
 
 @dataclass(frozen=True)

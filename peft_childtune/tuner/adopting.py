@@ -18,7 +18,7 @@ from .layer import ChildTuningLayer
 from .loading import PEFT_PREFIX, head_tensors, sealed_tensor
 from .offload import fill_away_, is_away
 
-__all__ = ["adopt_state_dict"]
+__all__ = ["adopt_state_dict", "check_no_base_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ def _take(found: dict[str, Tensor], path: str, kind: str) -> Tensor | None:
     return None
 
 
-def _check_rest(model: nn.Module, rest: Mapping[str, Tensor], heads: set[str]) -> None:
-    """Raise if a file holds base weights: PEFT would write them over the base, unsealed.
+def check_no_base_weights(model: nn.Module, rest: Iterable[str], heads: set[str]) -> None:
+    """Raise if a file holds base weights: loaders would write them over the base, unsealed.
 
     Embeddings that are no targets pass: PEFT saves those of a resized vocabulary whole.
 
@@ -98,7 +98,7 @@ def adopt_state_dict(
                 f"{min(left)}: matches nothing in this model; the adapter was made for another base model or "
                 "other target_modules."
             )
-        _check_rest(model, rest, set(heads.values()))
+        check_no_base_weights(model, rest, set(heads.values()))
         if len(seals) != 1:
             raise IntegrityError(
                 f"{len(seals)} seals instead of one; the weights file is incomplete: save or fetch it again."

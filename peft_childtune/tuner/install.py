@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..codec import encode_child
 from ..errors import DeltaError, FormatError, SelectionError, UnsupportedError
 from ..sparse import TensorChild, UnitGrid
+from ..untrusted import shown
 from .config import ChildTuningConfig
 from .gathered import shape_of
 from .layer import ChildTuningLayer
@@ -169,10 +170,10 @@ def _check_sizes(name: str, sizes: object, numel: int) -> tuple[int, int]:
     nnz, coded = -1, -1
     if isinstance(sizes, list | tuple) and len(sizes) == 2 and all(type(n) is int for n in sizes):
         nnz, coded = sizes
-    # 16 bytes an entry is far above any coding, and keeps a hostile file from asking for memory
-    if not (0 <= nnz <= numel and 0 <= coded <= 256 + 16 * nnz and (nnz == 0) == (coded == 0)):
+    # far above any coding, and keeps a hostile file from asking for more memory than the base has
+    if not (0 <= nnz <= numel and 0 <= coded <= 256 + min(16 * nnz, numel) and (nnz == 0) == (coded == 0)):
         raise FormatError(
-            f"{name}: `child` in adapter_config.json says {sizes!r}, but the tensor has {numel} entries; [kept "
+            f"{name}: `child` in adapter_config.json says {shown(sizes)}, but the tensor has {numel} entries; [kept "
             "entries, coded bytes] is expected. The configuration is damaged: save or fetch the adapter again."
         )
     return nnz, coded

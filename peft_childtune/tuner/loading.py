@@ -18,9 +18,18 @@ from .layer import ChildTuningLayer, child_layers
 from .offload import onloaded
 from .snapshot import Snapshot
 
-__all__ = ["PEFT_PREFIX", "PendingLoad", "begin_load", "head_tensors", "remove_adapter", "sealed_tensor"]
+__all__ = [
+    "NATIVE_LOADER",
+    "PEFT_PREFIX",
+    "PendingLoad",
+    "begin_load",
+    "head_tensors",
+    "remove_adapter",
+    "sealed_tensor",
+]
 
 PEFT_PREFIX = "base_model.model."
+NATIVE_LOADER = "_load_pretrained_model"  # what transformers' `load_adapter` calls, on the model
 
 
 def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
@@ -53,7 +62,9 @@ class _NoLoadMap:
         return {} if adapter_name == self.adapter_name else real
 
 
-def _lift_load_maps(root: nn.Module, adapter_name: str) -> None:
+def _lift_stand_ins(root: nn.Module, adapter_name: str) -> None:
+    if getattr(root.__dict__.get(NATIVE_LOADER), "adapter_name", None) == adapter_name:
+        del root.__dict__[NATIVE_LOADER]
     for module in root.modules():
         stand_in = module.__dict__.get("adapter_state_dict_load_map")
         if isinstance(stand_in, _NoLoadMap) and stand_in.adapter_name == adapter_name:
@@ -124,7 +135,7 @@ class PendingLoad:
         return list(layers_of(self.root, self.adapter_name).values())
 
     def _close(self) -> None:
-        _lift_load_maps(self.root, self.adapter_name)
+        _lift_stand_ins(self.root, self.adapter_name)
         for layer in self._layers():
             layer._pending.pop(self.adapter_name, None)
             layer.child_tuning_seal._buffers.pop(self.adapter_name, None)
@@ -141,7 +152,7 @@ class PendingLoad:
 
     def discard(self) -> None:
         """Take everything of the adapter out of the model."""
-        _lift_load_maps(self.root, self.adapter_name)
+        _lift_stand_ins(self.root, self.adapter_name)
         remove_adapter(self.root, self.adapter_name, self.peft_config)
         self.before.restore_()
 

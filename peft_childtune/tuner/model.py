@@ -9,16 +9,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, UnsupportedError
+from ..untrusted import shown
 from .adopting import adopt_state_dict
 from .config import ChildTuningConfig
 from .install import install_children, layers_of, prepare_places
 from .layer import ChildTuningLayer, child_layers
 from .loading import PendingLoad, begin_load, remove_adapter
 from .modules import find_own_inputs, wrap
+from .native import watch
 from .offload import bring_in_
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
@@ -29,6 +32,8 @@ from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
 
 __all__ = ["ChildTuningModel"]
+
+_MANY_TARGETS = 100
 
 
 def _places(model: nn.Module) -> dict[nn.Module | None, list[tuple[nn.Module, str]]]:
@@ -113,10 +118,18 @@ class ChildTuningModel(BaseTuner):
             if config.child is not None or config.inference_mode:
                 pending = PendingLoad(adapter_name, model, self.peft_config, before, sized=config.child is not None)
                 begin_load(pending, by_peft_model=self._by_peft_model)
+                if not self._by_peft_model:
+                    watch(pending)
             keep_codes_out_of_ddp(model)
-        except BaseException:
+        except BaseException as error:
             remove_adapter(model, adapter_name, dict(self.peft_config))
             before.restore_()
+            if isinstance(error, NoMatchingPeftModuleError) and config.child is not None:
+                raise TargetError(
+                    f"target_modules={shown(config.target_modules)}: none of these modules is in this "
+                    f"{type(model).__name__}, so the adapter was made for another base model, or its "
+                    "adapter_config.json is damaged; load it onto the base named there, or fetch it again."
+                ) from error
             raise
         finally:
             del self._places
@@ -153,12 +166,17 @@ class ChildTuningModel(BaseTuner):
         """Raise if one of several target names matches nothing: PEFT itself is content when any of them matches."""
         if not isinstance(config.target_modules, set | list | tuple):
             return
-        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        absent = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
-        if absent and len(absent) < len(config.target_modules):  # PEFT has a good message for "none at all"
+        endings = set()
+        for name, _ in model.named_modules(remove_duplicate=False):
+            while name:
+                endings.add(name)
+                name = name.partition(".")[2]
+        absent = sorted(target for target in config.target_modules if target not in endings)
+        # PEFT has a good message for "none at all", but compares each name with each module first
+        if absent and (len(absent) < len(config.target_modules) or len(absent) > _MANY_TARGETS):
             raise TargetError(
-                f"target_modules: {', '.join(map(repr, sorted(absent)))} match no module of {type(model).__name__}; "
-                "remove or correct them."
+                f"target_modules: {', '.join(map(shown, absent[:5]))}{' ...' * (len(absent) > 5)} match no module of "
+                f"{type(model).__name__}; remove or correct them."
             )
 
     @staticmethod

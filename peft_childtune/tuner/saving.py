@@ -12,7 +12,7 @@ from ..codec import STEP_BYTES, is_resampled
 from ..errors import DeltaError, SelectionError, UnsupportedError
 from ..ranks import rank
 from ..seal import Sealed, make_seal
-from ..weights import Fingerprint, fingerprint, is_sharded
+from ..weights import Fingerprint, check_finite, fingerprint, is_sharded
 from .config import ChildTuningConfig
 from .gathered import is_partitioned, remembered_fingerprint
 from .install import layers_of
@@ -149,6 +149,7 @@ def adapter_state_dict(
                 _check_values(values_key, values, kept=None if sharding else own.numel())
                 if config.save_dtype is not None:
                     values = values.to(_DTYPES[config.save_dtype])
+                check_finite(name, values)
                 out[code_key], out[values_key] = code, values
             layout[name] = [values.numel(), code.numel()]
             sealed[name] = Sealed(code, values, partial(_fingerprint, layer, adapter_name, parameter, base))

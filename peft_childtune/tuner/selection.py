@@ -170,7 +170,8 @@ def select_child_network(
         agree(sampled_digest(dict(model.named_parameters())), what=_DIFFERENT_MODELS)
     with failing_together():
         if network is not None:
-            children = _given(network, dataloader)
+            grids = grids_of(model, adapter_name, config)
+            children = _given(network, dataloader, shapes={name: grid.shape for name, grid in grids.items()})
             how: dict[str, Any] = {"source": "given"}
         elif not config.needs_data:
             children = data_free_children(model, adapter_name, config)
@@ -264,7 +265,9 @@ def _check_whole(model: nn.Module, *, needs_weights: bool) -> None:
     )
 
 
-def _given(network: ChildNetwork | str | os.PathLike[str], dataloader: Any) -> Mapping[str, TensorChild]:
+def _given(
+    network: ChildNetwork | str | os.PathLike[str], dataloader: Any, *, shapes: Mapping[str, tuple[int, ...]]
+) -> Mapping[str, TensorChild]:
     if dataloader is not None:
         raise ConfigError("network: a given child is used as it is; pass either a dataloader or a network, not both.")
-    return (network if isinstance(network, ChildNetwork) else ChildNetwork.load(network)).children
+    return (network if isinstance(network, ChildNetwork) else ChildNetwork.load(network, shapes=shapes)).children
