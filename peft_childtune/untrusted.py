@@ -6,15 +6,24 @@ import json
 import math
 import os
 import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import FormatError, UnsupportedError
+from .errors import FormatError, IntegrityError, UnsupportedError
 
-__all__ = ["TensorEntry", "check_adapter_folder", "read_header", "refuse_pickle", "shown"]
+__all__ = [
+    "TensorEntry",
+    "check_adapter_folder",
+    "check_sizes",
+    "read_header",
+    "refuse_pickle",
+    "refuse_pickle_beside",
+    "shown",
+]
 
 WEIGHTS_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_model.bin"
 # JSON takes up to 24 times its length as Python objects: 8 MiB of it stay below 200 MB, and longer headers come with
@@ -80,6 +89,47 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, TensorEntr
     if pickle.exists():
         refuse_pickle(pickle)
     return None
+
+
+def check_sizes(
+    folder: str | os.PathLike[str], child: Mapping[str, Sequence[int]], header: Mapping[str, TensorEntry]
+) -> None:
+    """Raise if a configuration lists more kept entries or coded bytes than are in the weights file beside it.
+
+    Loaders make room by that list before they open the file.
+
+    Raises:
+        IntegrityError: it does.
+    """
+    for at, kind in enumerate(("values", "code")):
+        stored: dict[str, int] = {}
+        for key, entry in header.items():
+            path, _, parameter = key.rpartition(f".child_tuning_{kind}.")
+            stored[f"{path.removeprefix('base_model.model.')}.{parameter}"] = entry.numel if path else 0
+        listed = {name: sizes[at] for name, sizes in child.items()}
+        if sum(listed.values()) <= sum(stored.values()):
+            continue
+        name = next((name for name, count in listed.items() if count > stored.get(name, 0)), str(folder))
+        found = f"there are {stored[name]}" if stored.get(name) else f"its child_tuning_{kind} is missing"
+        raise IntegrityError(
+            f"{shown(name)}: adapter_config.json lists {listed.get(name, sum(listed.values()))} entries of "
+            f"child_tuning_{kind}, but {found} in {folder}; save or fetch the adapter again."
+        )
+
+
+def refuse_pickle_beside(folder: str | os.PathLike[str]) -> None:
+    """Remove a pickle of weights that has just been saved into a folder, and raise.
+
+    PEFT has written it before it asks anything of this method (`safe_serialization=False`). One that is older than
+    the safetensors file beside it is left alone: loaders pass it over.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
+    weights, pickle = Path(folder, WEIGHTS_NAME), Path(folder, PICKLE_NAME)
+    if pickle.exists() and not (weights.exists() and weights.stat().st_mtime_ns >= pickle.stat().st_mtime_ns):
+        pickle.unlink()
+        refuse_pickle(pickle)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,8 @@ from peft.config import PeftConfig
 
 from ..errors import ConfigError, UnsupportedError
 from ..scores import DATA_SCORES
+from ..untrusted import check_adapter_folder, check_sizes, refuse_pickle_beside, shown
+from .config_checks import check_types
 from .registration import ChildTuningPeftType
 
 __all__ = ["ChildTuningConfig"]
@@ -192,6 +195,7 @@ class ChildTuningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check every option, alone and with the others."""
+        check_types(self.__dict__)
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = ChildTuningPeftType.CHILD_TUNING
         if isinstance(self.target_modules, list):
@@ -211,8 +215,30 @@ class ChildTuningConfig(PeftConfig):
         """Return the configuration as a dictionary that JSON can hold, the same one every time."""
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> ChildTuningConfig:
+        """Load as PEFT does, after a look at the weights beside it, if that is a folder: PEFT opens them next.
+
+        Raises:
+            FormatError: the weights file is not sound.
+            IntegrityError: it is not the one that the configuration was saved with.
+            UnsupportedError: the weights are a pickle.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        header = check_adapter_folder(folder)
+        config: ChildTuningConfig = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
+        if header is not None and isinstance(config, ChildTuningConfig) and config.child is not None:
+            check_sizes(folder, config.child, header)
+        return config
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, with the sizes of the adapter that is being saved along with it."""
+        if "_layout" in self.__dict__:
+            refuse_pickle_beside(save_directory)
         live, self.child = self.child, self.__dict__.pop("_layout", self.child)
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -224,24 +250,20 @@ class ChildTuningConfig(PeftConfig):
         for name, literal in choices.items():
             value = getattr(self, name)
             if value not in get_args(literal) and not (name == "save_dtype" and value is None):
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, get_args(literal)))}.")
-
-        if self.child is not None and not isinstance(self.child, dict):
-            raise ConfigError(
-                f"child={self.child!r} is no table of sizes; the configuration is damaged: save or fetch it again."
-            )
+                raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(map(repr, get_args(literal)))}.")
 
     def _check_numbers(self) -> None:
         if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
             raise ConfigError(
-                f"density={self.density!r} is outside (0, 1]; it is the kept fraction, 0.02 keeps 2 % of the weights."
+                f"density={shown(self.density)} is outside (0, 1]; it is the kept fraction, 0.02 keeps 2 % of the "
+                "weights."
             )
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise ConfigError(
-                f"block_size={self.block_size!r} is no side of a tile; use an integer >= 1, for example 16."
+                f"block_size={shown(self.block_size)} is no side of a tile; use an integer >= 1, for example 16."
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed!r} is outside [0, 2**63); use a non-negative integer.")
+            raise ConfigError(f"seed={shown(self.seed)} is outside [0, 2**63); use a non-negative integer.")
 
     def _check_combinations(self) -> None:
         if self.target_parameters is not None:

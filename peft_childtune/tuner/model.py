@@ -13,6 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, UnsupportedError
+from ..untrusted import shown
 from .adopting import adopt_state_dict
 from .config import ChildTuningConfig
 from .install import install_children, layers_of, prepare_places
@@ -30,6 +31,8 @@ from .targets import block_names, block_of, default_targets, unsupported_reason
 from .tying import tie_layers
 
 __all__ = ["ChildTuningModel"]
+
+_MANY_TARGETS = 100
 
 
 def _places(model: nn.Module) -> dict[nn.Module | None, list[tuple[nn.Module, str]]]:
@@ -155,12 +158,18 @@ class ChildTuningModel(BaseTuner):
         """Raise if one of several target names matches nothing: PEFT itself is content when any of them matches."""
         if not isinstance(config.target_modules, set | list | tuple):
             return
-        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        absent = [t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
-        if absent and len(absent) < len(config.target_modules):  # PEFT has a good message for "none at all"
+        endings = set()
+        for name, _ in model.named_modules(remove_duplicate=False):
+            while name:
+                endings.add(name)
+                name = name.partition(".")[2]
+        absent = sorted(target for target in config.target_modules if target not in endings)
+        # PEFT has a good message for "none at all", but compares each name with each module first
+        is_none = len(absent) == len(config.target_modules)
+        if absent and (not is_none or len(absent) > _MANY_TARGETS or config.child is not None):
             raise TargetError(
-                f"target_modules: {', '.join(map(repr, sorted(absent)))} match no module of {type(model).__name__}; "
-                "remove or correct them."
+                f"target_modules: {', '.join(map(shown, absent[:5]))}{' ...' * (len(absent) > 5)} match no module of "
+                f"{type(model).__name__}; remove or correct them."
             )
 
     @staticmethod

@@ -1,0 +1,132 @@
+"""What the fields of a configuration may hold: it may come from a stranger's file, and loaders size tensors by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import ConfigError, FormatError
+from ..untrusted import shown
+
+__all__ = ["check_types"]
+
+_FLAGS = ("resample", "init_weights", "inference_mode")
+_NAMES = ("base_model_name_or_path", "revision", "task_type", "peft_version")
+_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters")
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")  # PEFT reads them as such
+# names: PEFT compares each with each module, and compiles a pattern from those of the last two
+_MAX_NAMES = {"exclude_modules": 10_000, "modules_to_save": 256, "layers_pattern": 256}
+_MAX_PATTERN = 4096  # characters
+_MAX_REPEATS = 4  # in one alternative: each multiplies the time by the length of a module's name
+_MAX_SIZE = 1 << 62  # as the code of a child has it
+_MAX_DEPTH = 4  # of the record of the selection, which is flat
+
+
+def check_types(fields: Mapping[str, Any]) -> None:
+    """Raise unless each field is of the type that all later code relies on.
+
+    Raises:
+        ConfigError: one is not.
+        FormatError: a size in `child` is none.
+    """
+    for name in _FLAGS:
+        if not isinstance(fields[name], bool):
+            raise _wrong(name, fields[name], "True or False")
+    for name in _NAMES:
+        if fields[name] is not None and not isinstance(fields[name], str):
+            raise _wrong(name, fields[name], "a string or None")
+    for name in _LISTS:
+        # a single string is a pattern, or one name; PEFT would take that of modules_to_save letter by letter
+        if isinstance(fields[name], str) and name not in ("modules_to_save", "target_parameters"):
+            continue
+        if fields[name] is not None and not (
+            isinstance(fields[name], list | set | tuple) and all(isinstance(entry, str) for entry in fields[name])
+        ):
+            raise _wrong(name, fields[name], "a list of names or None")
+        if len(fields[name] or ()) > _MAX_NAMES.get(name, _MAX_SIZE):
+            raise _wrong(name, fields[name], f"{_MAX_NAMES[name]} names or fewer, or one pattern")
+    for name in _PATTERNS:
+        for pattern in _patterns(name, fields[name]):
+            _check_pattern(name, pattern)
+    _check_layers(fields["layers_to_transform"])
+    _check_child(fields["child"])
+    if not _is_record(fields["selection"], _MAX_DEPTH) or not isinstance(fields["selection"], dict | None):
+        raise _wrong("selection", fields["selection"], "a table of strings and numbers, written by the selection")
+
+
+def _wrong(name: str, value: object, right: str) -> ConfigError:
+    return ConfigError(
+        f"{name}={shown(value)} is of no use; give {right}. Where it comes from an adapter_config.json, that is "
+        "damaged: save or fetch it again."
+    )
+
+
+def _check_layers(layers: object) -> None:
+    numbers = layers if isinstance(layers, list | tuple | set) else [] if layers is None else [layers]
+    if not all(type(number) is int and 0 <= number < _MAX_SIZE for number in numbers):
+        raise _wrong("layers_to_transform", layers, "numbers of blocks, 0 or above, or None")
+
+
+def _check_child(child: object) -> None:
+    if child is None:
+        return
+    if not isinstance(child, dict) or not all(isinstance(name, str) for name in child):
+        raise _wrong("child", child, "the table of sizes that was saved")
+    for name, sizes in child.items():
+        if not (
+            isinstance(sizes, list | tuple)
+            and len(sizes) == 2
+            and all(type(size) is int and 0 <= size < _MAX_SIZE for size in sizes)
+        ):
+            raise FormatError(
+                f"child: {shown(name)} has the sizes {shown(sizes)}; [kept entries, coded bytes] is expected. The "
+                "configuration is damaged: save or fetch the adapter again."
+            )
+
+
+def _is_record(value: object, depth: int) -> bool:
+    if isinstance(value, dict | list | tuple):
+        inside = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_record(entry, depth - 1) for entry in inside)
+    return value is None or isinstance(value, str | int | float)
+
+
+def _patterns(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif name in ("layers_pattern", "modules_to_save") and value is not None:
+        yield from value
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    """Raise unless a pattern takes no more than polynomial time: Python's matcher cannot be interrupted.
+
+    Repeated groups can take exponential time ("(a+)+b"), and many repeats in a row a high power of the length.
+    """
+    repeats = most = depth = 0
+    previous, rest = "", iter(pattern)
+    for sign in rest:
+        if sign == "\\":
+            next(rest, "")
+        elif sign == "[":
+            if next(rest, "") == "^":
+                next(rest, "")  # a bracket in the first place is a sign like others
+            for inside in rest:
+                if inside == "\\":
+                    next(rest, "")
+                elif inside == "]":
+                    break
+        elif sign in "()":
+            depth += 1 if sign == "(" else -1
+        elif sign == "|" and depth == 0:
+            repeats = 0
+        elif sign in "*+{":
+            repeats += 1
+            most = max(most, repeats + (previous == ")") * _MAX_REPEATS)
+        previous = sign
+    if len(pattern) > _MAX_PATTERN or most > _MAX_REPEATS:
+        raise ConfigError(
+            f"{name}={shown(pattern)}: this pattern repeats a group, has more than {_MAX_REPEATS} repeats in a row, "
+            f"or is longer than {_MAX_PATTERN} characters, so matching it may take for ever; list the names of the "
+            "modules instead."
+        )
