@@ -258,7 +258,11 @@ class ChildTuningConfig(PeftConfig):
                 f"density={shown(self.density)} is outside (0, 1]; it is the kept fraction, 0.02 keeps 2 % of the "
                 "weights."
             )
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
+        if (
+            isinstance(self.block_size, bool)
+            or not isinstance(self.block_size, int)
+            or not 0 < self.block_size < 2**62
+        ):
             raise ConfigError(
                 f"block_size={shown(self.block_size)} is no side of a tile; use an integer >= 1, for example 16."
             )

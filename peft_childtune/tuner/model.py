@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -119,9 +120,15 @@ class ChildTuningModel(BaseTuner):
                 if not self._by_peft_model:
                     watch(pending)
             keep_codes_out_of_ddp(model)
-        except BaseException:
+        except BaseException as error:
             remove_adapter(model, adapter_name, dict(self.peft_config))
             before.restore_()
+            if isinstance(error, NoMatchingPeftModuleError) and config.child is not None:
+                raise TargetError(
+                    f"target_modules={shown(config.target_modules)}: none of these modules is in this "
+                    f"{type(model).__name__}, so the adapter was made for another base model, or its "
+                    "adapter_config.json is damaged; load it onto the base named there, or fetch it again."
+                ) from error
             raise
         finally:
             del self._places
@@ -165,8 +172,7 @@ class ChildTuningModel(BaseTuner):
                 name = name.partition(".")[2]
         absent = sorted(target for target in config.target_modules if target not in endings)
         # PEFT has a good message for "none at all", but compares each name with each module first
-        is_none = len(absent) == len(config.target_modules)
-        if absent and (not is_none or len(absent) > _MANY_TARGETS or config.child is not None):
+        if absent and (len(absent) < len(config.target_modules) or len(absent) > _MANY_TARGETS):
             raise TargetError(
                 f"target_modules: {', '.join(map(shown, absent[:5]))}{' ...' * (len(absent) > 5)} match no module of "
                 f"{type(model).__name__}; remove or correct them."
