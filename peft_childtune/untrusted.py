@@ -32,6 +32,8 @@ MAX_FREE_HEADER_BYTES, MAX_HEADER_SHARE = 8 << 20, 1 / 32
 MAX_NAME = 1024  # characters; names of modules have some 100
 MAX_SIZE = (1 << 63) - 1  # of one dimension: torch's sizes are int64, and zeros can make any product small
 
+_NO_TABLE = (AttributeError, KeyError, TypeError)
+
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 80
 
@@ -153,11 +155,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
             with safe_open(str(path), framework="pt"):  # offsets, lengths, overlaps, types: all of it is checked here
                 pass
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-    except (SafetensorError, _DuplicateError, ValueError, RecursionError, OSError) as error:
-        if isinstance(error, FormatError | FileNotFoundError):
-            raise
+        return {name: _entry(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
+    except (FormatError, FileNotFoundError):
+        raise
+    # the last four: a file that is exchanged while it is read, since safetensors opens it by its name, and twice
+    except (SafetensorError, ValueError, RecursionError, OSError, RuntimeError, *_NO_TABLE) as error:
         raise FormatError(f"{path}: is not a sound safetensors file ({error}); fetch or save it again.") from error
-    return {name: _entry(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
 
 
 class _DuplicateError(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -103,6 +104,13 @@ def _check_pattern(name: str, pattern: str) -> None:
 
     Repeated groups can take exponential time ("(a+)+b"), and many repeats in a row a high power of the length.
     """
+    try:
+        if len(pattern) <= _MAX_PATTERN:
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{name}={shown(pattern)}: is no pattern ({error}); list the names of the modules instead, or correct it."
+        ) from error
     repeats = most = depth = 0
     previous, rest = "", iter(pattern)
     for sign in rest:

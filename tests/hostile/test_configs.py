@@ -129,6 +129,13 @@ def test_a_pattern_that_may_take_for_ever_is_refused(field, pattern):
         ChildTuningConfig(**options | {field: value})
 
 
+@pytest.mark.parametrize("pattern", ["(ead", "a)", "*", "[", "x{9999999999999999}", "(" * 3000])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_a_pattern_that_is_none_is_refused(field, pattern):
+    with pytest.raises(ConfigError, match=rf"^{field}=.*is no pattern.*list the names"):
+        ChildTuningConfig(**{field: [pattern] if field == "modules_to_save" else pattern})
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
