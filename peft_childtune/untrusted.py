@@ -17,15 +17,12 @@ from .errors import FormatError, IntegrityError, UnsupportedError
 
 __all__ = [
     "TensorEntry",
-    "check_adapter_folder",
     "check_sizes",
     "read_header",
     "refuse_pickle",
-    "refuse_pickle_beside",
     "shown",
 ]
 
-WEIGHTS_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_model.bin"
 # JSON takes up to 24 times its length as Python objects: 8 MiB of it stay below 200 MB, and longer headers come with
 # the tensors that need them (a table of 100,000 tensors has 17 MB)
 MAX_FREE_HEADER_BYTES, MAX_HEADER_SHARE = 8 << 20, 1 / 32
@@ -70,27 +67,9 @@ def refuse_pickle(path: str | os.PathLike[str]) -> None:
     if Path(path).suffix != ".safetensors":
         raise UnsupportedError(
             f"{path}: is no safetensors file; a pickle can run any program when it is opened, so adapters of this "
-            "method are neither loaded from one nor saved to one. Save the adapter again with safetensors "
-            "(`safe_serialization=True`, the default)."
+            "method are not loaded from one. Save the adapter again with safetensors (`safe_serialization=True`, the "
+            "default)."
         )
-
-
-def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, TensorEntry] | None:
-    """Check the weights file of an adapter's folder as far as that goes without reading tensors.
-
-    Returns:
-        The tensors in it; None if there is no such folder, or no weights in it.
-
-    Raises:
-        FormatError: the file is not sound.
-        UnsupportedError: the weights are a pickle.
-    """
-    weights, pickle = Path(folder, WEIGHTS_NAME), Path(folder, PICKLE_NAME)
-    if weights.exists():
-        return read_header(weights)
-    if pickle.exists():
-        refuse_pickle(pickle)
-    return None
 
 
 def check_sizes(
@@ -117,21 +96,6 @@ def check_sizes(
             f"{shown(name)}: adapter_config.json lists {listed.get(name, sum(listed.values()))} entries of "
             f"child_tuning_{kind}, but {found} in {folder}; save or fetch the adapter again."
         )
-
-
-def refuse_pickle_beside(folder: str | os.PathLike[str]) -> None:
-    """Remove a pickle of weights that has just been saved into a folder, and raise.
-
-    PEFT has written it before it asks anything of this method (`safe_serialization=False`). One that is older than
-    the safetensors file beside it is left alone: loaders pass it over.
-
-    Raises:
-        UnsupportedError: there is one.
-    """
-    weights, pickle = Path(folder, WEIGHTS_NAME), Path(folder, PICKLE_NAME)
-    if pickle.exists() and not (weights.exists() and weights.stat().st_mtime_ns >= pickle.stat().st_mtime_ns):
-        pickle.unlink()
-        refuse_pickle(pickle)
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:

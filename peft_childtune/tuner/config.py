@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..errors import ConfigError, UnsupportedError
-from ..files import settle, sweep, write_durably
 from ..scores import DATA_SCORES
-from ..untrusted import check_adapter_folder, check_sizes, shown
 from ..weights import digest
+from ..untrusted import shown
 from .config_checks import check_types
+from .config_file import check_beside, save_config
 from .registration import ChildTuningPeftType
 
 __all__ = ["ChildTuningConfig"]
@@ -264,20 +262,19 @@ class ChildTuningConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> ChildTuningConfig:
-        """Load as PEFT does, after a look at the weights beside it, if that is a folder: PEFT opens them next.
+        """Load as PEFT does, with a look at the weights beside it, if that is a folder: PEFT opens them next.
 
         Raises:
             FormatError: the weights file is not sound.
             IntegrityError: it is not the one that the configuration was saved with.
-            UnsupportedError: the weights are a pickle.
+            UnsupportedError: the weights are a pickle, and were not saved as one.
         """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        header = check_adapter_folder(folder)
         config: ChildTuningConfig = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
-        if header is not None and isinstance(config, ChildTuningConfig) and config.child is not None:
-            check_sizes(folder, config.child, header)
+        if isinstance(config, ChildTuningConfig):
+            folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+            check_beside(folder, config.child, pickled=config.pickled)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -288,21 +285,10 @@ class ChildTuningConfig(PeftConfig):
         Raises:
             UnsupportedError: the weights were saved as a pickle, beside an older safetensors file.
         """
-        folder = Path(save_directory)
-        pickled = _is_newer(folder / WEIGHTS_NAME, folder / SAFETENSORS_WEIGHTS_NAME)
-        if pickled and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            raise UnsupportedError(
-                f"{folder}: holds {SAFETENSORS_WEIGHTS_NAME} of an older save, which loaders would take; remove it, "
-                "or save without safe_serialization=False."
-            )
-        saved = self.to_dict() | {"child": self.__dict__.pop("_layout", self.child), "pickled": pickled}
+        saved = self.to_dict() | {"child": self.__dict__.pop("_layout", self.child)}
         if (mapping := kwargs.get("auto_mapping_dict")) is not None:
             saved["auto_mapping"] = mapping
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(folder / CONFIG_NAME, json.dumps(saved, indent=2, sort_keys=True).encode())
-        if (folder / SAFETENSORS_WEIGHTS_NAME).exists():  # afterwards: until the two fit each other, nothing loads
-            settle(folder / SAFETENSORS_WEIGHTS_NAME)
-        sweep(folder)
+        save_config(save_directory, saved)
 
     def _check_choices(self) -> None:
         choices = {"mode": Mode, "score": Score, "scope": Scope, "granularity": Granularity, "save_dtype": SaveDtype}
@@ -360,8 +346,3 @@ class ChildTuningConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set, but layers_to_transform is not; name the blocks to adapt.")
 
-
-def _is_newer(first: Path, second: Path) -> bool:
-    if not first.exists():
-        return False
-    return not second.exists() or first.stat().st_mtime_ns > second.stat().st_mtime_ns

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import IntegrityError
-from ..untrusted import TensorEntry, check_adapter_folder, read_header, refuse_pickle, shown
+from ..untrusted import TensorEntry, read_header, refuse_pickle, shown
 from .adopting import check_no_base_weights
+from .config_file import check_beside
 from .install import layers_of
 from .loading import NATIVE_LOADER, PEFT_PREFIX, PendingLoad, head_tensors
 
@@ -37,7 +38,7 @@ class _WatchedLoader:
             for path in options.get("checkpoint_files") or ():
                 refuse_pickle(path)
                 if not os.path.exists(path):  # transformers names it whether it is there or not
-                    check_adapter_folder(os.path.dirname(path))
+                    check_beside(os.path.dirname(path), None, pickled=False)
                 _check_contents(pending.root, pending.adapter_name, read_header(path))
             if (tensors := options.get("state_dict")) is not None:
                 _check_contents(pending.root, pending.adapter_name, tensors)
