@@ -257,7 +257,7 @@ class Artifact:
             return Verdict(problems, [])
         try:
             return Verdict([], self._compare_with_seal(names, base, config))
-        except ChildTuningError as error:
+        except (FormatError, BaseMismatchError) as error:  # another one is the base's, which cannot be read
             return Verdict([str(error)], [], isinstance(error, BaseMismatchError))
 
     def _check(self, name: str) -> None:

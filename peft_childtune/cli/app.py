@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from ..artifact import Artifact, Verdict
+from ..artifact import Artifact
 from ..errors import ConfigError, FormatError
 from ..tuner import ChildTuningConfig
 from .applying import apply_adapter
@@ -104,26 +105,24 @@ class _Found:
             self.problems = [str(error)]
             return
         self.heads, self.unsealed = list(self.artifact.heads), list(self.artifact.unsealed)
-        self._take(self.artifact.verify(config=config, bar=bar_over("verifying")))
-        if self.problems:
-            return
-        names = self.artifact.names()
-        self.tensors = len(names)
-        if base is None:
-            return
-        self.checkpoint = Checkpoint(find_folder(base, self.artifact.config.get("revision")))
-        keys = self.checkpoint.match(names).keys
-        with tqdm(total=len(names), desc="comparing", unit="tensor", disable=None, leave=False) as progress:
-
-            def tensor(name: str) -> Tensor:
-                progress.update()
-                return self.checkpoint.tensor(keys[name])
-
-            self._take(self.artifact.verify(tensor, config=config))
-
-    def _take(self, verdict: Verdict) -> None:
+        base_tensor = None if base is None else self._tensor
+        verdict = self.artifact.verify(base_tensor, config=config, bar=bar_over("verifying"))
         self.problems, self.unverified = verdict.problems, verdict.unverified
         self.is_other_base = verdict.is_other_base
+        self.tensors = 0 if self.problems and not self.is_other_base else len(self.artifact.names())
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base: opened once the adapter has proved sound by itself."""
+        assert self.base is not None  # asked for only where one was given
+        return Checkpoint(find_folder(self.base, self.artifact.config.get("revision")))
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        return self.checkpoint.match(self.artifact.names()).keys
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(self._keys[name])
 
     def unverified_text(self) -> str:
         more = f" and {len(self.unverified) - 1} more tensors" if len(self.unverified) > 1 else ""

@@ -184,7 +184,7 @@ def _deltas(
         delta = (two.to(torch.float64) - one.to(torch.float64)).to(torch.float32)
         if not bool(torch.isfinite(delta).all()):
             raise DeltaError(f"{name}: an entry of the base or the fine-tune is not finite; no delta leads there.")
-        deltas[name] = torch.where(one == two, torch.zeros((), dtype=torch.float32), delta)
+        deltas[name] = delta
     grids = {name: UnitGrid(tuple(delta.shape)) for name, delta in deltas.items()}
     if density is None:
         units = {name: delta.reshape(-1).nonzero().flatten() for name, delta in deltas.items()}

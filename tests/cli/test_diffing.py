@@ -191,15 +191,17 @@ def test_an_enlarged_vocabulary_is_refused_with_the_way_out(made, childtune, tmp
     assert "resize_token_embeddings" in result.stderr
 
 
-def test_a_weight_that_is_not_finite_is_refused(made, childtune, tmp_path):
+@pytest.mark.parametrize("option", [["--exact"], ["--density", 0.1]], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(made, childtune, tmp_path, value, option):
     folders = made("llama")
     tuned = folders.load(folders.base)
     with torch.no_grad():
-        tuned.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+        tuned.model.layers[1].mlp.up_proj.weight[0, 0] = value
     tuned.save_pretrained(tmp_path / "tuned")
-    result = childtune("diff", folders.base, tmp_path / "tuned", "-o", tmp_path / "out", "--exact")
+    result = childtune("diff", folders.base, tmp_path / "tuned", "-o", tmp_path / "out", *option)
     assert result.exit_code == 1
-    assert "model.layers.1.mlp.up_proj.weight" in result.stderr
+    assert "model.layers.1.mlp.up_proj.weight: an entry of the base or the fine-tune is not finite" in result.stderr
 
 
 @pytest.mark.parametrize(
