@@ -104,5 +104,5 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # the latter: exchanged by a shorter one while it is read
         raise FormatError(f"{path}: is not a sound safetensors file ({error}); fetch or save it again.") from error

@@ -28,7 +28,16 @@ _BELOW = {
     "verification": {"sparse", "codec", "kernels", "scores", "files", "weights", "seal"},
     "artifact": {"sparse", "codec", "kernels", "scores", "files", "weights", "seal", "verification", "untrusted"},
     "tuner": {
-        "ranks", "sparse", "codec", "kernels", "scores", "files", "weights", "network", "seal", "verification",
+        "ranks",
+        "sparse",
+        "codec",
+        "kernels",
+        "scores",
+        "files",
+        "weights",
+        "network",
+        "seal",
+        "verification",
         "untrusted",
     },
 }

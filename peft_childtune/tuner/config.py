@@ -11,8 +11,8 @@ from peft.config import PeftConfig
 
 from ..errors import ConfigError, UnsupportedError
 from ..scores import DATA_SCORES
-from ..weights import digest
 from ..untrusted import shown
+from ..weights import digest
 from .config_checks import check_types
 from .config_file import check_beside, save_config
 from .registration import ChildTuningPeftType
@@ -345,4 +345,3 @@ class ChildTuningConfig(PeftConfig):
             raise ConfigError("layers_pattern cannot be used when target_modules is a str; list the names instead.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is set, but layers_to_transform is not; name the blocks to adapt.")
-

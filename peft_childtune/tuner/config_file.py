@@ -17,9 +17,7 @@ from ..untrusted import check_sizes, read_header, refuse_pickle
 __all__ = ["check_beside", "save_config"]
 
 
-def check_beside(
-    folder: str | os.PathLike[str], child: Mapping[str, Sequence[int]] | None, *, pickled: bool
-) -> None:
+def check_beside(folder: str | os.PathLike[str], child: Mapping[str, Sequence[int]] | None, *, pickled: bool) -> None:
     """Check the weights in a configuration's folder as far as that goes without reading tensors.
 
     Args:
@@ -56,8 +54,8 @@ def save_config(folder: str | os.PathLike[str], fields: Mapping[str, Any]) -> No
         if pickle.stat().st_mtime_ns > weights.stat().st_mtime_ns:
             pickle.unlink()
             raise UnsupportedError(
-                f"{folder}: holds {SAFETENSORS_WEIGHTS_NAME} of an older save, which loaders would take; remove it, or "
-                "save with safe_serialization=True, the default."
+                f"{folder}: holds {SAFETENSORS_WEIGHTS_NAME} of an older save, which loaders would take; remove it, "
+                "or save with safe_serialization=True, the default."
             )
         pickled = False
     Path(folder).mkdir(parents=True, exist_ok=True)
