@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
-from .errors import BaseMismatchError, FormatError, IntegrityError
+from .errors import BaseMismatchError, DeltaError, FormatError, IntegrityError
 from .seal import Seal, Sealed, child_digest, head_fingerprint, name_hash, read_seal
-from .weights import matches
+from .weights import check_finite, matches
 
 __all__ = ["base_mismatch", "skip_verification", "verify_seal", "verify_stored"]
 
@@ -57,8 +56,11 @@ def _stored_problems(
             yield IntegrityError(
                 f"{name}: the stored child differs from what was saved; the file is damaged, fetch it again."
             )
-        elif not bool(torch.isfinite(children[name].values).all()):
-            yield IntegrityError(f"{name}: the delta holds numbers that are not finite; train and save it again.")
+            continue
+        try:
+            check_finite(name, children[name].values)
+        except DeltaError as error:
+            yield error
     for name, tensor in heads.items():
         if (fingerprint := saved.heads.get(name_hash(name))) is None:
             continue
@@ -122,6 +124,7 @@ def verify_stored(
     Raises:
         FormatError: the seal itself is malformed.
         IntegrityError: a tensor or the configuration was changed since, or a tensor is missing or one too many.
+        DeltaError: a delta is not finite.
     """
     unverified: list[str] = []
     for problem in _stored_problems(read_seal(seal), children, heads, config, unverified):
@@ -152,6 +155,7 @@ def verify_seal(
     Raises:
         FormatError: the seal itself is malformed.
         IntegrityError: a tensor or the configuration was changed since, or a tensor is missing or one too many.
+        DeltaError: a delta is not finite.
         BaseMismatchError: a base tensor differs from the one that the adapter was made for.
     """
     try:

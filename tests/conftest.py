@@ -22,16 +22,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--long`."""
-    parser.addoption("--long", action="store_true", help="also run the tests that take minutes each")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the tests marked `gpu` where there is no CUDA device, and leave out those marked `long` unless asked."""
-    long = [item for item in items if item.get_closest_marker("long") and not config.getoption("--long")]
-    config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if item not in long]
+    if "long" not in config.getoption("-m"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from peft_childtune import BaseMismatchError, FormatError, IntegrityError
+from peft_childtune import BaseMismatchError, DeltaError, FormatError, IntegrityError
 from peft_childtune.seal import Sealed, make_seal
 from peft_childtune.verification import skip_verification, verify_seal
 from peft_childtune.weights import fingerprint
@@ -131,7 +131,7 @@ def test_a_base_is_looked_at_only_after_the_file_proved_sound():
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_a_delta_that_is_not_finite_is_refused_by_name(number):
     odd = children(values={"b": [1.0, number, 3.0]})
-    with pytest.raises(IntegrityError, match="^b: the delta holds numbers that are not finite"):
+    with pytest.raises(DeltaError, match="^b: 1 of its 3 deltas are not finite"):
         verify_seal(make_seal(odd, {}, config=CONFIG), odd, {})
 
 

@@ -1,4 +1,4 @@
-"""Files from strangers: what takes long is left to runs that ask for it (`-m long`)."""
+"""Files from strangers: processes of their own to open them in."""
 
 from __future__ import annotations
 
@@ -10,20 +10,6 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[2]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
-    config.addinivalue_line("markers", "long: takes minutes; skipped unless asked for by `-m long`")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked `long` unless the marker was asked for."""
-    if "long" in config.getoption("-m"):
-        return
-    for item in items:
-        if item.get_closest_marker("long"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with `-m long`"))
 
 
 @pytest.fixture(scope="session")
