@@ -20,7 +20,7 @@ from .codec.header import Header, decode_header
 from .errors import BaseMismatchError, ChildTuningError, FormatError, IntegrityError
 from .seal import sealed_file_tensor
 from .sparse import TensorChild
-from .verification import verify_seal, verify_stored
+from .verification import THE_NAMED_BASE, verify_seal, verify_stored
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Artifact", "Stored", "Verdict", "read_json"]
 
@@ -225,7 +225,12 @@ class Artifact:
         return torch.zeros(0) if key is None else self.tensor(key)
 
     def verify(
-        self, base: Callable[[str], Tensor] | None = None, *, config: bytes | None = None, bar: Bar = iter
+        self,
+        base: Callable[[str], Tensor] | None = None,
+        *,
+        config: bytes | None = None,
+        made_for: str = THE_NAMED_BASE,
+        bar: Bar = iter,
     ) -> Verdict:
         """Check everything that the folder alone can show, and then, if there is a base, that it is the right one.
 
@@ -233,6 +238,7 @@ class Artifact:
             base: called for each covered tensor of the base, by the name that the adapter has for it; one at a time.
             config: the digest of the configuration's own fields (`ChildTuningConfig.file_digest`); not checked if
                 not given.
+            made_for: what the configuration says of the base, for errors.
             bar: shows progress.
         """
         problems: list[str] = []
@@ -256,7 +262,7 @@ class Artifact:
         if problems:
             return Verdict(problems, [])
         try:
-            return Verdict([], self._compare_with_seal(names, base, config))
+            return Verdict([], self._compare_with_seal(names, base, config, made_for))
         except (FormatError, BaseMismatchError) as error:  # another one is the base's, which cannot be read
             return Verdict([str(error)], [], isinstance(error, BaseMismatchError))
 
@@ -283,7 +289,7 @@ class Artifact:
             raise IntegrityError(f"{name}: a value is not finite; training has diverged, or the file is damaged.")
 
     def _compare_with_seal(
-        self, names: list[str], base: Callable[[str], Tensor] | None, config: bytes | None
+        self, names: list[str], base: Callable[[str], Tensor] | None, config: bytes | None, made_for: str
     ) -> list[str]:
         """Return what cannot be verified; the one place that knows what the seal wants."""
         seal = self.tensor(self._seals[0])
@@ -295,7 +301,7 @@ class Artifact:
             children[name] = sealed_file_tensor(name, code, values, base=partial(self._of_base, name, base))
         if base is None:
             return verify_stored(seal, children, heads, config=config)
-        return verify_seal(seal, children, heads, config=config)
+        return verify_seal(seal, children, heads, config=config, made_for=made_for)
 
     def _of_base(self, name: str, base: Callable[[str], Tensor] | None) -> Tensor:
         assert base is not None  # `verify_stored` asks for none

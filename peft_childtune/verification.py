@@ -13,9 +13,11 @@ from .errors import BaseMismatchError, DeltaError, FormatError, IntegrityError
 from .seal import Seal, Sealed, child_digest, head_fingerprint, name_hash, read_seal
 from .weights import check_finite, matches
 
-__all__ = ["base_mismatch", "skip_verification", "verify_seal", "verify_stored"]
+__all__ = ["THE_NAMED_BASE", "base_mismatch", "skip_verification", "verify_seal", "verify_stored"]
 
 logger = logging.getLogger(__name__)
+
+THE_NAMED_BASE = "the base model (and revision) named in its adapter_config.json"
 
 _skipping = ContextVar("_skipping", default=False)
 
@@ -138,7 +140,7 @@ def verify_seal(
     heads: Mapping[str, Tensor],
     *,
     config: bytes | None = None,
-    made_for: str = "the base model (and revision) named in its adapter_config.json",
+    made_for: str = THE_NAMED_BASE,
 ) -> list[str]:
     """Check that everything is what was saved and that the base is the one it was made for.
 

@@ -100,13 +100,15 @@ class _Found:
         self.is_other_base = False
         try:
             self.artifact = Artifact(folder)
-            config = ChildTuningConfig.from_pretrained(str(folder)).file_digest
+            config = ChildTuningConfig.from_pretrained(str(folder))
         except (FormatError, ConfigError) as error:
             self.problems = [str(error)]
             return
         self.heads, self.unsealed = list(self.artifact.heads), list(self.artifact.unsealed)
         base_tensor = None if base is None else self._tensor
-        verdict = self.artifact.verify(base_tensor, config=config, bar=bar_over("verifying"))
+        verdict = self.artifact.verify(
+            base_tensor, config=config.file_digest, made_for=config.made_for, bar=bar_over("verifying")
+        )
         self.problems, self.unverified = verdict.problems, verdict.unverified
         self.is_other_base = verdict.is_other_base
         self.tensors = 0 if self.problems and not self.is_other_base else len(self.artifact.names())
