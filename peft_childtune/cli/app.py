@@ -100,9 +100,13 @@ class _Found:
         self.is_other_base = False
         try:
             self.artifact = Artifact(folder)
+        except FormatError as error:
+            self.problems = [str(error)]
+            return
+        try:
             config = ChildTuningConfig.from_pretrained(str(folder))
         except (FormatError, ConfigError) as error:
-            self.problems = [str(error)]
+            self.problems = self.artifact.verify().problems or [str(error)]  # which may tell more
             return
         self.heads, self.unsealed = list(self.artifact.heads), list(self.artifact.unsealed)
         base_tensor = None if base is None else self._tensor

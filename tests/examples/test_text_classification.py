@@ -18,6 +18,7 @@ NOT_FLAGS = {field.name for field in dataclasses.fields(peft.PeftConfig)} | {
     "target_parameters",
     "selection",
     "child",
+    "pickled",
 }
 
 

@@ -39,7 +39,7 @@ def _is_sound(field: str, value: object) -> bool:
     text = str(kind)
     if value is None:
         return "None" in text or "Optional" in text
-    if field in ("resample", "init_weights", "inference_mode"):
+    if field in ("resample", "init_weights", "inference_mode", "pickled"):
         return isinstance(value, bool)
     if field == "density":
         return type(value) in (int, float) and 0 < value <= 1
