@@ -348,3 +348,13 @@ def test_loading_draws_no_random_numbers(toy, tmp_path):
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(1))
+
+
+@pytest.mark.parametrize("half", ["code", "values"])
+def test_half_a_pair_in_a_state_dict_is_refused_by_name(half, toy, tmp_path):
+    _saved(toy, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    _drop(f"child_tuning_{half}.weight")(tensors)
+    model = PeftModel.from_pretrained(toy(), tmp_path)
+    with pytest.raises(IntegrityError, match=rf"layers\.0\.fc\.weight: its child_tuning_{half} is missing"):
+        set_peft_model_state_dict(model, tensors)
