@@ -252,7 +252,7 @@ ROWS = [
         _LAYER,
         "self.unmerge_to(before)\n                raise",
         "raise",
-        "tests/trust/test_transactions.py -k merge",
+        "tests/trust/test_transactions.py -k by_itself",
     ),
     Row(
         "a merge broken off after it has written",

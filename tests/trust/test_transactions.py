@@ -145,3 +145,15 @@ def test_a_thousand_switches_leave_the_base_bit_for_bit(dtype):
         for name, tensor in model.state_dict().items()
     }
     assert [name for name, tensor in before.items() if not same_bits(tensor, now[name])] == []
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_layer_that_is_merged_by_itself_is_merged_whole_or_not_at_all(n, monkeypatch):
+    model = _model("bert")
+    before, layer = snapshot(model), layers_in(model)[0]
+    with monkeypatch.context() as patch:
+        _Faulty("index_put_", patch, n=n, written=True)
+        with pytest.raises(Interrupt):
+            layer.merge()
+    assert layer.merged_adapters == []
+    assert differing(model, before) == []
