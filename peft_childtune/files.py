@@ -46,8 +46,11 @@ def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+            os.chmod(name, 0o666 & ~_umask())
+            if os.name != "nt":  # renamed while it is open, or another process might sweep it away before
+                os.replace(name, target)
+        if os.name == "nt":  # where an open file cannot be renamed, and nothing is swept
+            os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -65,21 +68,23 @@ def settle(path: str | os.PathLike[str]) -> None:
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Remove what killed writers left in a folder: temporary files of ours and safetensors' that no process has open.
+    """Remove what killed writers left in a folder: temporary files of ours and safetensors' that nobody is writing.
 
     Where this cannot be told (leases are Linux's), nothing is removed.
     """
     for path in Path(folder).iterdir():
-        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not _may_be_open(path):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not _may_be_written(path):
             path.unlink(missing_ok=True)
 
 
-def _may_be_open(path: Path) -> bool:
+def _may_be_written(path: Path) -> bool:
     try:
         import fcntl
 
         with open(path, "rb") as file:
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # only where no other descriptor is open
+            # granted only where nobody has it open for writing; a write lease would be broken by whoever opens the
+            # file, another sweeper say, and the signal that tells us so, SIGIO, would end this process
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except (ImportError, AttributeError, OSError):
         return True
     return False
