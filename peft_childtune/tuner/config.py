@@ -250,8 +250,9 @@ class ChildTuningConfig(PeftConfig):
         own = {f.name: f.default for f in fields(self) if f.name in ChildTuningConfig.__annotations__}
         own.pop("pickled")  # not known when the weights are sealed
         held = self.to_dict() | changes
-        if isinstance(held["modules_to_save"], list):  # PEFT repeats its own entries whenever it loads
-            held["modules_to_save"] = sorted(set(held["modules_to_save"]))
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):  # a file has lists only, of any order,
+            if isinstance(held[name], list | tuple):  # and PEFT repeats its own entries whenever it loads
+                held[name] = sorted(set(held[name]))
         return digest(json.dumps({k: held[k] for k in own if held[k] != own[k]}, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:

@@ -376,6 +376,16 @@ def test_a_saved_configuration_without_its_weights_is_not_silently_a_new_adapter
     fresh.train()(**batches[0]).loss.backward()
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_names_may_be_given_as_a_tuple_in_any_order(toy, tmp_path, field):
+    names = ("norm", "fc") if field == "target_modules" else ("head", "embed")
+    options = {"target_modules": ["norm", "fc"]} | {field: names}
+    saved = get_peft_model(toy(), ChildTuningConfig(score="magnitude", init_weights=False, **options))
+    saved.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy(), tmp_path)
+    assert all(torch.equal(d.values, get_deltas(loaded)[n].values) for n, d in get_deltas(saved).items())
+
+
 def test_loading_draws_no_random_numbers(toy, tmp_path):
     _saved(toy, tmp_path)
     base = toy()
