@@ -47,10 +47,9 @@ def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             os.chmod(name, 0o666 & ~_umask())
-            if os.name != "nt":  # renamed while it is open, or another process might sweep it away before
-                os.replace(name, target)
-        if os.name == "nt":  # where an open file cannot be renamed, and nothing is swept
-            os.replace(name, target)
+            if os.name == "nt":  # where an open file cannot be renamed, and nothing is swept
+                file.close()
+            os.replace(name, target)  # while it is open: until then another process might sweep it away
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
