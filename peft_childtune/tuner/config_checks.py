@@ -11,7 +11,7 @@ from ..untrusted import shown
 
 __all__ = ["check_types"]
 
-_FLAGS = ("resample", "init_weights", "inference_mode")
+_FLAGS = ("resample", "init_weights", "inference_mode", "pickled")
 _NAMES = ("base_model_name_or_path", "revision", "task_type", "peft_version")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters")
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")  # PEFT reads them as such
