@@ -286,10 +286,11 @@ class ChildTuningConfig(PeftConfig):
         Raises:
             UnsupportedError: the weights were saved as a pickle, beside an older safetensors file.
         """
+        alone = "_layout" not in self.__dict__
         saved = self.to_dict() | {"child": self.__dict__.pop("_layout", self.child)}
         if (mapping := kwargs.get("auto_mapping_dict")) is not None:
             saved["auto_mapping"] = mapping
-        save_config(save_directory, saved)
+        save_config(save_directory, saved, alone=alone)
 
     def _check_choices(self) -> None:
         choices = {"mode": Mode, "score": Score, "scope": Scope, "granularity": Granularity, "save_dtype": SaveDtype}

@@ -192,6 +192,14 @@ def test_a_pickle_beside_an_older_safetensors_file_is_refused_for_loaders_would_
         models[1].save_pretrained(tmp_path, safe_serialization=False)
 
 
+def test_a_configuration_that_is_saved_alone_removes_no_weights(tmp_path):
+    model = PAIRS["same child"]()[0]
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"somebody's, and newer")
+    model.peft_config["default"].save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.bin").read_bytes() == b"somebody's, and newer"
+
+
 def test_a_safetensors_file_beside_an_older_pickle_is_what_is_loaded(tmp_path):
     models = PAIRS["same child"]()
     models[0].save_pretrained(tmp_path, safe_serialization=False)
