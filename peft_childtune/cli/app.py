@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..artifact import Artifact
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, IntegrityError
 from ..tuner import ChildTuningConfig
 from .applying import apply_adapter
 from .checkpoint import Checkpoint, find_folder
@@ -100,7 +100,14 @@ class _Found:
         self.is_other_base = False
         try:
             self.artifact = Artifact(folder)
+        except FormatError as error:
+            self.problems = [str(error)]
+            return
+        try:
             config = ChildTuningConfig.from_pretrained(str(folder)).file_digest
+        except IntegrityError as error:  # loading stops at the first misfit, here each is named
+            self.problems = self.artifact.verify(bar=bar_over("verifying")).problems or [str(error)]
+            return
         except (FormatError, ConfigError) as error:
             self.problems = [str(error)]
             return
