@@ -75,7 +75,8 @@ def _poison(folder, make, value) -> None:
         elif "child_tuning" not in name:
             heads[name.removeprefix(prefix)] = tensor
     seal = next(name for name in tensors if name.endswith("child_tuning_seal"))
-    tensors[seal] = make_seal(children, heads)
+    config = ChildTuningConfig.from_pretrained(str(folder)).file_digest
+    tensors[seal] = make_seal(children, heads, config=config)
     save_file(tensors, folder / _WEIGHTS)
 
 
