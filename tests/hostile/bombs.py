@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_childtune import ChildNetwork, ChildTuningError
+from peft_childtune import ChildNetwork, ChildTuningConfig, ChildTuningError
 from peft_childtune.codec import encode_child
 from peft_childtune.network import _seal
 from peft_childtune.seal import Sealed, make_seal
@@ -185,10 +185,13 @@ def _coded(child: TensorChild) -> Callable[[Path], None]:
         save(folder, wide, target_modules=["fc"], density=3 / (1 << 24))
         code, values = encode_child(child), torch.ones(3)
         base = wide().fc.weight
-        seal = make_seal({"fc.weight": Sealed(code, values, lambda: fingerprint(base, torch.arange(3)))}, {})
+        _config(child={"fc.weight": [3, code.numel()]})(folder)
+        fields = json.loads((folder / "adapter_config.json").read_text())
+        digest = ChildTuningConfig.from_peft_type(**fields).file_digest
+        sealed = {"fc.weight": Sealed(code, values, lambda: fingerprint(base, torch.arange(3)))}
+        seal = make_seal(sealed, {}, config=digest)
         path = "base_model.model.fc.child_tuning_"
         save_file({f"{path}code.weight": code, f"{path}values.weight": values, f"{path}seal": seal}, folder / WEIGHTS)
-        _config(child={"fc.weight": [3, code.numel()]})(folder)
 
     return write
 
