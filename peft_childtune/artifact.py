@@ -20,6 +20,7 @@ from .codec.header import Header, decode_header
 from .errors import BaseMismatchError, ChildTuningError, FormatError, IntegrityError
 from .seal import sealed_file_tensor
 from .sparse import TensorChild
+from .untrusted import shown
 from .verification import THE_NAMED_BASE, verify_seal, verify_stored
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Artifact", "Stored", "Verdict", "read_json"]
@@ -135,7 +136,7 @@ class Artifact:
             )
         try:
             self._file = cast(Any, safe_open(str(self.path), framework="pt"))
-            found = list(self._file.keys())
+            found = dict.fromkeys(self._file.keys())
         except SafetensorError as error:
             raise FormatError(
                 f"{self.path}: is not a sound safetensors file ({error}); fetch or save it again."
@@ -144,9 +145,14 @@ class Artifact:
         self.heads: dict[str, tuple[str, str, tuple[int, ...]]] = {}
         self.unsealed: dict[str, tuple[str, str, tuple[int, ...]]] = {}
         self._seals = []
-        to_save = [f".{module}." for module in self.config.get("modules_to_save") or []]
+        modules = self.config.get("modules_to_save") or []
+        if not isinstance(modules, list):
+            raise FormatError(f"{self.folder / CONFIG_NAME}: modules_to_save={shown(modules)} is no list of names.")
+        to_save = [f".{module}." for module in modules]
         for key in found:
             name = key.removeprefix(_PREFIX)
+            if name != key and name in found:
+                raise IntegrityError(f"{self.path}: {shown(name)} is there twice, with and without {_PREFIX!r}.")
             if name.endswith(_SEAL):
                 self._seals.append(key)
             elif _CODE in name:

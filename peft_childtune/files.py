@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,22 +16,32 @@ from torch import Tensor
 
 from .errors import FormatError
 
-__all__ = ["load_tensors", "save_tensors", "settle", "sweep", "write_durably"]
+__all__ = ["load_tensors", "save_tensors", "settle", "sweep", "sync", "umask", "write_durably"]
 
+_WINDOWS = os.name == "nt"
+_UMASK = threading.Lock()  # two threads that read it at once would keep what one of them has set
 _PREFIX = ".childtune-"
 _TEMPORARY = re.compile(rf"{re.escape(_PREFIX)}\w+|\.tmp\w{{6}}")  # the latter: safetensors, through Rust's `tempfile`
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+def umask() -> int:
+    """Return the process's umask; it can be read only by setting it, so other threads get the strictest meanwhile."""
+    with _UMASK:
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk; a folder only where the system can do that."""
+    if _WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # network and FUSE file systems
+            raise
     finally:
         os.close(handle)
 
@@ -46,12 +58,14 @@ def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
+            os.chmod(name, 0o666 & ~umask())
+            if _WINDOWS:  # where an open file cannot be renamed, and nothing is swept
+                file.close()
+            os.replace(name, target)  # while it is open: until then another process might sweep it away
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def settle(path: str | os.PathLike[str]) -> None:
@@ -59,27 +73,29 @@ def settle(path: str | os.PathLike[str]) -> None:
 
     safetensors' own `save_file`, which PEFT calls, renames like `write_durably`, but does neither of these.
     """
-    os.chmod(path, 0o666 & ~_umask())
-    _sync(Path(path))
-    _sync(Path(path).parent)
+    os.chmod(path, 0o666 & ~umask())
+    sync(Path(path))
+    sync(Path(path).parent)
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Remove what killed writers left in a folder: temporary files of ours and safetensors' that no process has open.
+    """Remove what killed writers left in a folder: temporary files of ours and safetensors' that nobody is writing.
 
     Where this cannot be told (leases are Linux's), nothing is removed.
     """
     for path in Path(folder).iterdir():
-        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not _may_be_open(path):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not _may_be_written(path):
             path.unlink(missing_ok=True)
 
 
-def _may_be_open(path: Path) -> bool:
+def _may_be_written(path: Path) -> bool:
     try:
         import fcntl
 
         with open(path, "rb") as file:
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # only where no other descriptor is open
+            # granted only where nobody has it open for writing; a write lease would be broken by whoever opens the
+            # file, another sweeper say, and the signal that tells us so, SIGIO, would end this process
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except (ImportError, AttributeError, OSError):
         return True
     return False

@@ -13,7 +13,7 @@ from .errors import BaseMismatchError, DeltaError, FormatError, IntegrityError
 from .seal import Seal, Sealed, child_digest, head_fingerprint, name_hash, read_seal
 from .weights import check_finite, matches
 
-__all__ = ["THE_NAMED_BASE", "base_mismatch", "skip_verification", "verify_seal", "verify_stored"]
+__all__ = ["THE_NAMED_BASE", "base_mismatch", "report", "skip_verification", "verify_seal", "verify_stored"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,15 +163,16 @@ def verify_seal(
     try:
         saved = read_seal(seal)
     except FormatError as error:
-        _report(error)
+        report(error)
         return []
     unverified: list[str] = []
     for problem in _problems(saved, children, heads, config, made_for, unverified):
-        _report(problem)
+        report(problem)
     return unverified
 
 
-def _report(problem: Exception) -> None:
+def report(problem: Exception) -> None:
+    """Raise a problem, or, within `skip_verification`, warn of it."""
     if not _skipping.get():
         raise problem
     logger.warning("not verified: %s", problem)

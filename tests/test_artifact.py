@@ -190,6 +190,20 @@ def test_a_configuration_of_another_file_is_found(folder, misfit):
     assert Artifact(folder).verify().problems
 
 
+def test_a_tensor_that_is_there_twice_is_refused_as_loading_refuses_it(folder):
+    key = "base_model.model.0.child_tuning_code.weight"
+    _rewrite(folder, lambda t: t.__setitem__(key.removeprefix("base_model.model."), t[key].clone()))
+    with pytest.raises(FormatError, match="is there twice"):
+        Artifact(folder)
+
+
+@pytest.mark.parametrize("modules", [5, "4", {"4": 1}])
+def test_modules_to_save_that_are_no_list_are_refused_when_it_is_opened(folder, modules):
+    _reconfigure(folder, lambda c: c.__setitem__("modules_to_save", modules))
+    with pytest.raises(FormatError, match="modules_to_save=.* is no list of names"):
+        Artifact(folder)
+
+
 def test_a_file_that_is_cut_off_is_refused_when_it_is_opened(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -11,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_childtune import FormatError
-from peft_childtune.files import load_tensors, save_tensors
+from peft_childtune import FormatError, files
+from peft_childtune.files import load_tensors, save_tensors, settle
 
 _OLD, _NEW = {"a": torch.tensor([1.0])}, {"a": torch.tensor([2.0, 3.0])}
 
@@ -79,6 +80,59 @@ def test_the_bytes_are_on_the_disk_before_the_old_file_is_replaced(tmp_path, mon
     save_tensors(_NEW, tmp_path / "f", {})
     assert calls[:2] == ["fsync True", "replace"]
     assert len(calls) == 3  # the folder, too, so that the new name survives a power cut
+
+
+def test_the_umask_is_never_widened_for_other_threads(tmp_path, monkeypatch):
+    asked, umask = [], os.umask
+    before = umask(0o027)
+    monkeypatch.setattr(os, "umask", lambda mask: (asked.append(mask), umask(mask))[1])
+    try:
+        save_tensors(_NEW, tmp_path / "f", {})
+    finally:
+        umask(before)
+    assert asked
+    assert all(mask & 0o027 == 0o027 for mask in asked)
+
+
+def test_a_file_system_that_cannot_flush_folders_is_saved_to(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    save_tensors(_NEW, tmp_path / "f", {})
+    assert torch.equal(load_tensors(tmp_path / "f")[0]["a"], _NEW["a"])
+
+
+def test_windows_opens_no_folders_flushes_only_what_can_be_written_and_renames_no_open_file(tmp_path, monkeypatch):
+    opened, replace, descriptors = os.open, os.replace, {}
+
+    def open_(path, flags, *args, **options):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "permission denied")
+        handle = opened(path, flags, *args, **options)
+        descriptors[handle] = flags
+        return handle
+
+    def fsync(handle):
+        if descriptors[handle] & (os.O_RDWR | os.O_WRONLY) == 0:
+            raise OSError(errno.EBADF, "bad file descriptor")
+
+    def replace_(source, target):
+        if any(os.path.realpath(f"/proc/self/fd/{name}") == source for name in os.listdir("/proc/self/fd")):
+            raise PermissionError(errno.EACCES, "in use")
+        replace(source, target)
+
+    monkeypatch.setattr(files, "_WINDOWS", True)
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace_)
+    save_tensors(_NEW, tmp_path / "f", {})
+    settle(tmp_path / "f")
+    assert torch.equal(load_tensors(tmp_path / "f")[0]["a"], _NEW["a"])
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):

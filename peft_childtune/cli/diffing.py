@@ -36,6 +36,9 @@ _TASKS = (
 )
 _WITH_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _SAVED_BY_PEFT = ("classifier", "score", "qa_outputs")  # whole, in any case, by the tasks that have them
+# settings that change no output of the blocks: of the head, of training, of the library that wrote them
+_NO_MATTER = {"architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id", "num_labels"}
+_NO_MATTER |= {"problem_type", "finetuning_task", "use_cache", "initializer_range", "gradient_checkpointing"}
 _NAMED = 3  # tensors that a message names, at most
 
 Bar = Callable[[Collection[str]], Iterable[str]]
@@ -119,8 +122,12 @@ def diff_models(
 
 def _load(base: Path, tuned: Path) -> tuple[Any, Any, dict[str, Any]]:
     config, kind = model_class(tuned)
-    if (other := model_class(base)[0].model_type) != config.model_type:
-        raise TargetError(f"{tuned}: is of type {config.model_type}, the base of {other}; a diff needs one type.")
+    own = model_class(base)[0]
+    if own.model_type != config.model_type:
+        raise TargetError(
+            f"{tuned}: is of type {config.model_type}, the base of {own.model_type}; a diff needs one type."
+        )
+    _warn_of_other_settings(base, own, tuned, config)
     try:
         after = kind.from_pretrained(tuned, config=config).eval()
         before, info = kind.from_pretrained(
@@ -129,6 +136,27 @@ def _load(base: Path, tuned: Path) -> tuple[Any, Any, dict[str, Any]]:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{base} or {tuned}: cannot be loaded ({str(error).splitlines()[0]}).") from error
     return before.eval(), after, info
+
+
+def _warn_of_other_settings(base: Path, ours: Any, tuned: Path, theirs: Any) -> None:
+    """Warn if two configurations make different models of the same weights: an adapter holds weights only."""
+    one, two = ours.to_dict(), theirs.to_dict()
+    names = [
+        name
+        for name in sorted({*one, *two} - _NO_MATTER)
+        if one.get(name) != two.get(name)
+        and not (name.startswith("_") or "dropout" in name or name.endswith(("token_id", "pdrop")))
+    ]
+    if names:
+        shown = ", ".join(f"{name} ({one.get(name)} and {two.get(name)})" for name in names[:_NAMED])
+        logger.warning(
+            "%s and %s differ in %s%s: an adapter does not hold these, so load the base with the settings of the "
+            "fine-tune.",
+            base,
+            tuned,
+            shown,
+            "" if len(names) <= _NAMED else f" and {len(names) - _NAMED} more settings",
+        )
 
 
 def _published_dtype(base: Path, after: Any) -> torch.dtype | None:

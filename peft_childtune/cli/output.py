@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..files import sync, umask
+
 __all__ = ["new_folder", "refuse_existing", "rewrite_shard"]
 
 _CHUNK = 1 << 24  # bytes copied at a time
@@ -41,28 +43,18 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    mask = os.umask(0)
-    os.umask(mask)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
         yield folder
         for path in folder.iterdir():
-            _flush(path)
-        _flush(folder)
-        folder.chmod(0o777 & ~mask)
+            sync(path)
+        sync(folder)
+        folder.chmod(0o777 & ~umask())
         os.replace(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IntegrityError
-from ..verification import verify_seal
+from ..errors import BaseMismatchError, IntegrityError
+from ..verification import report, verify_seal
 from .config import ChildTuningConfig
 from .install import check_not_merged, check_places, device_beside, layers_of, set_values
 from .layer import ChildTuningLayer
 from .loading import PEFT_PREFIX, head_tensors, sealed_tensor
 from .offload import fill_away_, is_away
+from .sharding import sharding_of
 
 __all__ = ["adopt_state_dict", "check_no_base_weights"]
 
@@ -52,6 +53,20 @@ def check_no_base_weights(model: nn.Module, rest: Iterable[str], heads: set[str]
             )
 
 
+def _check_head_shapes(heads: Mapping[str, tuple[str, Tensor]], state_dict: Mapping[str, Tensor]) -> None:
+    """Raise if a head has another shape than the model's: PEFT would find out when half of the adapter is in it."""
+    for name, (key, own) in heads.items():
+        if own.shape != state_dict[key].shape:
+            report(
+                BaseMismatchError(
+                    f"{name}: has the shape {tuple(state_dict[key].shape)} in the weights file, and "
+                    f"{tuple(own.shape)} in this model; make the base with the head that the adapter was trained with "
+                    "(for example `num_labels`). To load all but this head, pass ignore_mismatched_sizes=True inside "
+                    "of `with skip_verification():`."
+                )
+            )
+
+
 def _is_out_of_reach(layers: Iterable[ChildTuningLayer]) -> bool:
     """Return whether the base is offloaded, and without its hooks: PEFT removes them and dispatches after loading."""
     bases = [layer.get_base_layer() for layer in layers]
@@ -80,7 +95,8 @@ def adopt_state_dict(
     layers = layers_of(model, adapter_name)
     pending = next((layer._pending[adapter_name] for layer in layers.values() if adapter_name in layer._pending), None)
     check_not_merged(layers.values(), adapter_name)
-    heads = {name: key for name, (key, _) in head_tensors(model, adapter_name).items()}
+    own_heads = head_tensors(model, adapter_name)
+    heads = {name: key for name, (key, _) in own_heads.items()}
     own_keys = {key: heads.get(key.removeprefix(PEFT_PREFIX), key) for key in state_dict}
     state_dict = {own_keys[key]: tensor for key, tensor in state_dict.items()}
     ours = {k: v for k, v in state_dict.items() if ".child_tuning_" in k}
@@ -120,6 +136,8 @@ def adopt_state_dict(
             raise IntegrityError(
                 f"{absent[0]}: is not in the weights file; the file is incomplete: save or fetch it again."
             )
+        if sharding_of(model) is None:  # otherwise this process has parts of them only
+            _check_head_shapes(own_heads, state_dict)
         later = pending is not None and _is_out_of_reach(layers.values())
         if not later:
             children = {n: sealed_tensor(n, layer, p, c, v) for n, (layer, p, c, v) in arrived.items()}

@@ -17,6 +17,7 @@ from ..ranks import unwrapped
 from ..seal import Seal, Sealed, name_hash, read_seal, sealed_file_tensor
 from ..verification import base_mismatch, verify_seal
 from ..weights import Fingerprint, is_sharded
+from .adopting import check_no_base_weights
 from .config import ChildTuningConfig
 from .gathered import is_partitioned
 from .layer import ChildTuningLayer
@@ -70,10 +71,13 @@ def verify_base(model: nn.Module, adapter_dir: str | os.PathLike[str], *, full: 
         )
         found = sealed_file_tensor(name, code, values, base=base[name], whole=full)
         children[name] = Sealed(found.code, found.values, cache(found.fingerprint))
-    heads = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items() if ".child_tuning_" not in key}
+    saved = read_seal(seals[0])
+    rest = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items() if ".child_tuning_" not in key}
+    heads = {name: tensor for name, tensor in rest.items() if name_hash(name) in saved.heads}
+    check_no_base_weights(_base_model(model), rest, set(heads))
     verify_seal(seals[0], children, heads, config=config.file_digest, made_for=config.made_for)
     if full:
-        _compare_all(read_seal(seals[0]), {name: entry.fingerprint() for name, entry in children.items()}, config)
+        _compare_all(saved, {name: entry.fingerprint() for name, entry in children.items()}, config)
 
 
 def _compare_all(saved: Seal, found: Mapping[str, Fingerprint], config: ChildTuningConfig) -> None:
@@ -93,12 +97,15 @@ def _compare_all(saved: Seal, found: Mapping[str, Fingerprint], config: ChildTun
         )
 
 
+def _base_model(model: nn.Module) -> nn.Module:
+    root = unwrapped(model)
+    return root.get_base_model() if hasattr(root, "get_base_model") else root  # type: ignore[operator]
+
+
 def _base_tensors(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """Return a function for each base parameter, by the base model's own name, that gives it as it is unmerged."""
-    root = unwrapped(model)
-    root = root.get_base_model() if hasattr(root, "get_base_model") else root  # type: ignore[operator]
     found: dict[str, Callable[[], Tensor]] = {}
-    for path, module in root.named_modules(remove_duplicate=False):
+    for path, module in _base_model(model).named_modules(remove_duplicate=False):
         if isinstance(module, ChildTuningLayer):
             for parameter in module.covered:
                 found[module.full_name(parameter)] = partial(_unmerged, module, parameter)

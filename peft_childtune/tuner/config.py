@@ -250,8 +250,9 @@ class ChildTuningConfig(PeftConfig):
         own = {f.name: f.default for f in fields(self) if f.name in ChildTuningConfig.__annotations__}
         own.pop("pickled")  # not known when the weights are sealed
         held = self.to_dict() | changes
-        if isinstance(held["modules_to_save"], list):  # PEFT repeats its own entries whenever it loads
-            held["modules_to_save"] = sorted(set(held["modules_to_save"]))
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):  # a file has lists only, of any order,
+            if isinstance(held[name], list | tuple):  # and PEFT repeats its own entries whenever it loads
+                held[name] = sorted(set(held[name]))
         return digest(json.dumps({k: held[k] for k in own if held[k] != own[k]}, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:
@@ -285,10 +286,11 @@ class ChildTuningConfig(PeftConfig):
         Raises:
             UnsupportedError: the weights were saved as a pickle, beside an older safetensors file.
         """
+        alone = "_layout" not in self.__dict__
         saved = self.to_dict() | {"child": self.__dict__.pop("_layout", self.child)}
         if (mapping := kwargs.get("auto_mapping_dict")) is not None:
             saved["auto_mapping"] = mapping
-        save_config(save_directory, saved)
+        save_config(save_directory, saved, alone=alone)
 
     def _check_choices(self) -> None:
         choices = {"mode": Mode, "score": Score, "scope": Scope, "granularity": Granularity, "save_dtype": SaveDtype}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from ..untrusted import shown
 
 __all__ = ["check_types"]
 
+_parser: Any = re._parser  # type: ignore[attr-defined]  # no public one tells how a pattern is built
+
 _FLAGS = ("resample", "init_weights", "inference_mode", "pickled")
 _NAMES = ("base_model_name_or_path", "revision", "task_type", "peft_version")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters")
@@ -18,7 +21,8 @@ _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_
 # names: PEFT compares each with each module, and compiles a pattern from those of the last two
 _MAX_NAMES = {"exclude_modules": 10_000, "modules_to_save": 256, "layers_pattern": 256}
 _MAX_PATTERN = 4096  # characters
-_MAX_REPEATS = 4  # in one alternative: each multiplies the time by the length of a module's name
+_LENGTH = 32  # ways of a repeat to end; four of them divide a name of 64 letters in some 32**4 ways
+_MAX_WAYS = 16 * _LENGTH**4  # of a pattern to match one name: half a second of work
 _MAX_SIZE = 1 << 62  # as the code of a child has it
 _MAX_DEPTH = 4  # of the record of the selection, which is flat
 
@@ -100,41 +104,58 @@ def _patterns(name: str, value: Any) -> Iterator[str]:
 
 
 def _check_pattern(name: str, pattern: str) -> None:
-    """Raise unless a pattern takes no more than polynomial time: Python's matcher cannot be interrupted.
+    """Raise unless a pattern can be matched in seconds: Python's matcher cannot be interrupted.
 
-    Repeated groups can take exponential time ("(a+)+b"), and many repeats in a row a high power of the length.
+    What counts is in how many ways it could match the same name, all of which are tried before it is given up:
+    repeats multiply them by the length, options by two, and ambiguous parts that are repeated raise them to a power.
     """
+    ways = math.inf
     try:
         if len(pattern) <= _MAX_PATTERN:
             re.compile(pattern)
+            ways = _ways(_parser.parse(pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{name}={shown(pattern)}: is no pattern ({error}); list the names of the modules instead, or correct it."
         ) from error
-    repeats = most = depth = 0
-    previous, rest = "", iter(pattern)
-    for sign in rest:
-        if sign == "\\":
-            next(rest, "")
-        elif sign == "[":
-            if next(rest, "") == "^":
-                next(rest, "")  # a bracket in the first place is a sign like others
-            for inside in rest:
-                if inside == "\\":
-                    next(rest, "")
-                elif inside == "]":
-                    break
-        elif sign in "()":
-            depth += 1 if sign == "(" else -1
-        elif sign == "|" and depth == 0:
-            repeats = 0
-        elif sign in "*+{":
-            repeats += 1
-            most = max(most, repeats + (previous == ")") * _MAX_REPEATS)
-        previous = sign
-    if len(pattern) > _MAX_PATTERN or most > _MAX_REPEATS:
+    if ways > _MAX_WAYS:
         raise ConfigError(
-            f"{name}={shown(pattern)}: this pattern repeats a group, has more than {_MAX_REPEATS} repeats in a row, "
-            f"or is longer than {_MAX_PATTERN} characters, so matching it may take for ever; list the names of the "
-            "modules instead."
+            f"{name}={shown(pattern)}: this pattern repeats an ambiguous group, has more than four repeats or many "
+            f"options in a row, or is longer than {_MAX_PATTERN} characters, so matching it may take for ever; list "
+            "the names of the modules instead."
         )
+
+
+def _ways(parts: Any) -> float:
+    """Return in how many ways a parsed pattern may match one name, at most."""
+    total = 1.0
+    for kind, content in parts:
+        total *= _ways_of(str(kind), content)
+    return total
+
+
+def _ways_of(kind: str, content: Any) -> float:
+    if kind in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+        least, most, part = content
+        ways, (narrow, wide) = _ways(part), part.getwidth()
+        if most == 1:
+            return ways + 1 if least == 0 else ways
+        if ways > 1 or narrow != wide:
+            return math.inf
+        return 1 if least == most else _LENGTH
+    if kind == "SUBPATTERN":
+        return _ways(content[-1])
+    if kind == "ATOMIC_GROUP":
+        return _ways(content)
+    if kind in ("ASSERT", "ASSERT_NOT"):
+        return _ways(content[1])
+    if kind == "BRANCH":
+        # alternatives that begin with different letters exclude each other
+        starts: dict[Any, float] = {}
+        for part in content[1]:
+            first = part[0][1] if len(part) and str(part[0][0]) == "LITERAL" else None
+            starts[first] = starts.get(first, 0.0) + _ways(part)
+        return starts.pop(None, 0.0) + max(starts.values(), default=0.0)
+    if kind == "GROUPREF_EXISTS":
+        return sum(_ways(part) for part in content[1:] if part)
+    return 1

@@ -39,11 +39,16 @@ def check_beside(folder: str | os.PathLike[str], child: Mapping[str, Sequence[in
         refuse_pickle(pickle)
 
 
-def save_config(folder: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
+def save_config(folder: str | os.PathLike[str], fields: Mapping[str, Any], *, alone: bool) -> None:
     """Save a configuration's fields, flush the weights that PEFT has just written beside it, and sweep the folder.
 
     PEFT asks nothing before it writes a pickle (`safe_serialization=False`). If the folder holds safetensors from an
     older save, which loaders would take, that pickle is removed again.
+
+    Args:
+        folder: where to.
+        fields: of the configuration.
+        alone: whether no weights have been saved just before, so that those in the folder are somebody's.
 
     Raises:
         UnsupportedError: it does.
@@ -51,7 +56,7 @@ def save_config(folder: str | os.PathLike[str], fields: Mapping[str, Any]) -> No
     weights, pickle = Path(folder, SAFETENSORS_WEIGHTS_NAME), Path(folder, WEIGHTS_NAME)
     pickled = pickle.exists()
     if pickled and weights.exists():
-        if pickle.stat().st_mtime_ns > weights.stat().st_mtime_ns:
+        if not alone and pickle.stat().st_mtime_ns > weights.stat().st_mtime_ns:
             pickle.unlink()
             raise UnsupportedError(
                 f"{folder}: holds {SAFETENSORS_WEIGHTS_NAME} of an older save, which loaders would take; remove it, "

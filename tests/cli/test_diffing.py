@@ -45,6 +45,17 @@ def test_an_exact_diff_keeps_what_changed_and_nothing_else(made, childtune, tmp_
     assert {k: v for k, v in found.items() if v} == {k: v for k, v in changed.items() if v}
 
 
+def test_settings_that_an_adapter_does_not_hold_are_named(made, childtune, tmp_path):
+    folders = made("bert")
+    silent = childtune("diff", folders.base, folders.tuned, "-o", tmp_path / "one", "--exact")
+    shutil.copytree(folders.tuned, tmp_path / "tuned")
+    path = tmp_path / "tuned" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "relu", "hidden_dropout_prob": 0.3}))
+    told = childtune("diff", folders.base, tmp_path / "tuned", "-o", tmp_path / "two", "--exact")
+    assert (silent.exit_code, "settings" in silent.stderr) == (0, False)
+    assert (told.exit_code, "differ in hidden_act (gelu and relu): an adapter" in told.stderr) == (0, True)
+
+
 def test_diff_and_apply_bring_back_the_fine_tuned_checkpoint(made, childtune, tmp_path):
     folders = made("llama", torch.bfloat16)
     childtune("diff", folders.base, folders.tuned, "-o", tmp_path / "adapter", "--exact")

@@ -113,9 +113,12 @@ def test_a_field_of_another_type_in_a_file_changes_nothing(path, field, value, t
         r"(?:x{1,9}y)+",
         ".*.*.*.*.*b",
         "a*a*a*a*a*b",
-        r"(\)a)+",
-        "([)]a)+",
-        "([^]]a)*",
+        ".?" * 40 + "X",
+        "(?:.|[a-z])" * 40 + "X",
+        "(?:en|e|en?)" * 20 + "X",
+        r"(?x)([a-z.]+) +X",
+        "(?=(?:a|a.)+X)b",
+        "|".join([".*.*.*.*X"] * 400),
         "x" * 5000,
     ],
 )
@@ -144,6 +147,11 @@ def test_a_pattern_that_is_none_is_refused(field, pattern):
         r"model\.layers\.[0-9]{1,2}\.mlp\.(up|down)_proj",
         r"(?:.*?(?:language|text).*?(?:self_attn|mlp|ffn).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp)",
         r"[)*+{]+\)*\+",
+        r"model\.layers\.([0-9])+\.(?:self_attn\.)?(q|k|v|o)_proj",
+        r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+        r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}"
+        r"\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.(?:(?:k_proj|v_proj|q_proj|out_proj|fc1)))",
+        "(query|key|value|dense)",
         "",
     ],
 )

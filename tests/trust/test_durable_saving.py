@@ -8,6 +8,7 @@ import resource
 import stat
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,12 +139,43 @@ def test_a_save_removes_what_killed_ones_have_left_and_nothing_else(tmp_path):
     others = [".tmp", ".tmpAbC1234", "notes.tmp", ".tmpAbC124"]
     for name in [*stale, *others]:
         (tmp_path / name).write_text("left")
-    with open(tmp_path / ".tmpAbC124"):  # of a writer that lives
+    with open(tmp_path / ".tmpAbC124", "a"):  # of a writer that lives
         PAIRS["same child"]()[0].save_pretrained(tmp_path)
         found = {path.name for path in tmp_path.iterdir()}
         assert found == {"README.md", _WEIGHTS, "adapter_config.json", *others}
     sweep(tmp_path)
     assert not (tmp_path / ".tmpAbC124").exists()
+
+
+def test_a_reader_that_comes_while_a_file_is_swept_does_not_end_the_process(tmp_path):
+    program = textwrap.dedent(
+        """
+        import fcntl, os, sys
+        from peft_childtune.files import sweep
+
+        folder, ask = sys.argv[1], fcntl.fcntl
+
+        def ask_and_meet_a_reader(file, *args):
+            ask(file, *args)
+            if os.fork() == 0:
+                os.open(file.name, os.O_RDONLY | os.O_NONBLOCK)
+                os._exit(0)
+            os.wait()
+
+        fcntl.fcntl = ask_and_meet_a_reader
+        sweep(folder)
+        """
+    )
+    (tmp_path / ".childtune-stale").write_bytes(b"cut off")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, list(tmp_path.iterdir())) == (0, []), done.stderr
+
+
+def test_a_file_that_is_about_to_be_renamed_is_not_swept_away(tmp_path, monkeypatch):
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (sweep(tmp_path), replace(a, b)))
+    write_durably(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
 
 
 def test_where_leases_do_not_exist_nothing_is_swept(tmp_path, monkeypatch):
@@ -158,6 +190,14 @@ def test_a_pickle_beside_an_older_safetensors_file_is_refused_for_loaders_would_
     models[0].save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=r"holds adapter_model\.safetensors of an older save.*remove it"):
         models[1].save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_a_configuration_that_is_saved_alone_removes_no_weights(tmp_path):
+    model = PAIRS["same child"]()[0]
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"somebody's, and newer")
+    model.peft_config["default"].save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.bin").read_bytes() == b"somebody's, and newer"
 
 
 def test_a_safetensors_file_beside_an_older_pickle_is_what_is_loaded(tmp_path):

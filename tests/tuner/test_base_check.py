@@ -42,6 +42,17 @@ def test_the_base_itself_passes(saved, family, full):
     verify_base(family("bert"), saved, full=full)
 
 
+def test_embeddings_that_peft_has_saved_beside_the_child_are_no_damage(family, tmp_path):
+    base = family("gpt2")
+    model = get_peft_model(base, ChildTuningConfig(score="magnitude", init_weights=False))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    verify_base(family("gpt2"), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(path), "transformer.h.0.mlp.c_fc.extra": torch.zeros(1)}, path)
+    with pytest.raises(IntegrityError, match="holds no base weights"):
+        verify_base(family("gpt2"), tmp_path)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_base_with_one_targeted_tensor_scaled_is_refused_by_name(saved, family, full):
     base = family("bert")

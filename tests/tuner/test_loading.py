@@ -20,6 +20,7 @@ from peft_childtune import (
     get_child_network,
     get_deltas,
     select_child_network,
+    skip_verification,
 )
 from peft_childtune.tuner import ChildTuningLayer
 
@@ -231,6 +232,41 @@ def test_a_base_of_another_build_is_refused(toy, bits, tmp_path, change):
     _refused(toy, bits, tmp_path, ChildTuningError, r"layers\.[01]", make=other)
 
 
+def _with_another_head(toy):
+    base = toy()
+    base.head = torch.nn.Linear(6, 5)
+    return base
+
+
+def test_a_head_of_another_shape_is_refused_and_nothing_stays_behind(toy, bits, tmp_path):
+    _saved(toy, tmp_path)
+    _refused(
+        toy,
+        bits,
+        tmp_path,
+        BaseMismatchError,
+        r"head\.weight: has the shape \(3, 6\) in the weights file, and \(5, 6\)",
+        make=lambda: _with_another_head(toy),
+    )
+
+
+def test_a_head_of_another_shape_leaves_a_live_adapter_as_it_was(toy, batches, bits, tmp_path):
+    live = _saved(toy, tmp_path / "live", score="random", density=0.5)
+    _saved(lambda: _with_another_head(toy), tmp_path)
+    before, out = bits(live), live(**batches[0]).logits
+    with pytest.raises(BaseMismatchError, match="head"):
+        live.load_adapter(tmp_path, "default", is_trainable=True)
+    assert bits(live) == before
+    assert torch.equal(live.eval()(**batches[0]).logits, out)
+
+
+def test_all_but_a_head_of_another_shape_is_loaded_where_that_is_asked_for(toy, tmp_path):
+    saved = _saved(toy, tmp_path)
+    with skip_verification(), pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        loaded = PeftModel.from_pretrained(_with_another_head(toy), tmp_path, ignore_mismatched_sizes=True)
+    assert all(torch.equal(d.values, get_deltas(loaded)[n].values) for n, d in get_deltas(saved).items())
+
+
 def test_a_second_adapter_that_is_refused_leaves_the_first_as_it_was(toy, batches, bits, tmp_path):
     model = _saved(toy, tmp_path / "first")
     _saved(toy, tmp_path / "second", score="random")
@@ -338,6 +374,16 @@ def test_a_saved_configuration_without_its_weights_is_not_silently_a_new_adapter
     config.child = None
     fresh = get_peft_model(toy(), config)
     fresh.train()(**batches[0]).loss.backward()
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_names_may_be_given_as_a_tuple_in_any_order(toy, tmp_path, field):
+    names = ("norm", "fc") if field == "target_modules" else ("head", "embed")
+    options = {"target_modules": ["norm", "fc"]} | {field: names}
+    saved = get_peft_model(toy(), ChildTuningConfig(score="magnitude", init_weights=False, **options))
+    saved.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy(), tmp_path)
+    assert all(torch.equal(d.values, get_deltas(loaded)[n].values) for n, d in get_deltas(saved).items())
 
 
 def test_loading_draws_no_random_numbers(toy, tmp_path):
