@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .codec import decode_child
+from .codec import decode_child, measure_child
 from .codec.bits import Reader
 from .codec.header import Header, decode_header
 from .errors import BaseMismatchError, ChildTuningError, FormatError, IntegrityError
@@ -29,6 +29,7 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 CODINGS = {0: "raw", 1: "rice", 2: "block-rice", 3: "bitmap", 4: "lzma", 8: "seeded", 9: "resampled"}
 _PREFIX = "base_model.model."
 _CODE, _VALUES, _SEAL = ".child_tuning_code.", ".child_tuning_values.", ".child_tuning_seal"
+_MAX_SCANNED = 1 << 27  # units that are drawn for a file alone: some 3 s on one core
 _FRONT = 320  # bytes of a code that hold its header, at most
 _MAX_JSON = 1 << 26  # bytes of a configuration; a table of a million tensors is shorter
 
@@ -254,7 +255,7 @@ class Artifact:
             return Verdict([str(error)], [])
         for name in bar(names):
             try:
-                self._check(name)
+                self._check(name, base)
             except ChildTuningError as error:
                 problems.append(str(error))
         for name, (key, _, _) in self.heads.items():
@@ -272,7 +273,7 @@ class Artifact:
         except (FormatError, BaseMismatchError) as error:  # another one is the base's, which cannot be read
             return Verdict([str(error)], [], isinstance(error, BaseMismatchError))
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str, base: Callable[[str], Tensor] | None) -> None:
         """Raise unless table, code and delta of one covered tensor fit together."""
         stored, listed = self.stored(name), self.table.get(name)
         if listed is None:
@@ -287,6 +288,15 @@ class Artifact:
             )
         if stored.shape is None:
             return
+        if name in self.keys["code"]:
+            scanned = measure_child(self.tensor(self.keys["code"][name]), shape=stored.shape).scanned
+            if scanned > _MAX_SCANNED and base is None:
+                raise FormatError(
+                    f"{name}: {scanned} units have to be drawn to know its child, above the limit {_MAX_SCANNED} "
+                    "for a file alone; verify it together with its base."
+                )
+            if scanned > _MAX_SCANNED:
+                self._of_base(name, base)  # its shape is what the units are compared with
         child = self.child(name, stored.shape)
         if child is not None and child.nnz != stored.nnz:
             raise IntegrityError(f"{name}: {stored.nnz} values for {child.nnz} kept entries; fetch the file again.")

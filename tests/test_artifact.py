@@ -12,6 +12,8 @@ from torch import nn
 
 from peft_childtune import ChildTuningConfig, FormatError, get_child_network, get_deltas
 from peft_childtune.artifact import Artifact, read_json
+from peft_childtune.codec import encode_child
+from peft_childtune.sparse import SeededUnits, TensorChild, UnitGrid
 
 
 def _base(scale=1.0):
@@ -259,3 +261,16 @@ def test_a_damaged_file_is_never_compared_with_a_base(folder):
 
     verdict = Artifact(folder).verify(explode)
     assert verdict.problems and not verdict.is_other_base
+
+
+def test_a_code_that_asks_for_more_drawing_than_a_file_alone_may_is_refused_unless_the_base_has_that_shape(folder):
+    child = TensorChild(UnitGrid((1 << 20, 1 << 20)), SeededUnits(1, 0, 1 << 40, 0, 12))
+    key = "base_model.model.0.child_tuning_code.weight"
+    _rewrite(folder, lambda tensors: tensors.update({key: encode_child(child)}))
+    _reconfigure(folder, lambda config: config["child"].update({"0.weight": [12, encode_child(child).numel()]}))
+    values = Artifact(folder).values("0.weight").numel()
+    _reconfigure(folder, lambda config: config["child"].update({"0.weight": [values, encode_child(child).numel()]}))
+    assert "1099511627776 units have to be drawn" in Artifact(folder).verify().problems[0]
+    tensors = dict(_base().named_parameters())
+    verdict = Artifact(folder).verify(lambda name: tensors[name].detach())
+    assert "0.weight: the base tensor is of shape" in verdict.problems[0]

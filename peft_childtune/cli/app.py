@@ -190,7 +190,7 @@ def diff(
     if made.left_out:
         note(
             f"{', '.join(made.left_out[:5])}{' and more' if len(made.left_out) > 5 else ''}: {len(made.left_out)} "
-            "tensors outside of the covered ones differ, too, and are not in the adapter; --exact covers them."
+            "tensors outside of the covered ones differ, too, and are not in the adapter; only --exact covers them."
         )
     if made.dtype is not None:
         note(f"the fine-tune is in another precision than the base: load the base with dtype={made.dtype}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,11 +247,10 @@ def _check(
         )
         if len(wrong) > _NAMED:
             named = "; ".join(named.split("; ")[:_NAMED]) + f"; and {len(wrong) - _NAMED} more tensors"
-        share = math.ceil(network.density * 1e4) / 1e4
         raise DeltaError(
             f"{named}: no float32 delta leads from the base to these {total} of {network.nnz} changed entries exactly "
             "(where an entry changes its sign or shrinks to a fraction, the delta needs more digits than it has); "
-            f"--density {min(1.0, share):g} keeps them all, with that error."
+            "--density 1 keeps every change inside the repeated blocks, with such errors."
         )
     return total, largest
 
