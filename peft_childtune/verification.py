@@ -183,6 +183,7 @@ def skip_verification() -> Iterator[None]:
     """Load adapters within this block though they are not what was saved, or not for this base, and warn of each.
 
     What a code must fulfil to be decoded is checked nevertheless: the model may be wrong, the process stays safe.
+    Other threads, and adapters that are verified later, at their first use, are not concerned.
 
     Example:
         >>> with skip_verification():

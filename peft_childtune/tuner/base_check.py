@@ -33,7 +33,7 @@ def verify_base(model: nn.Module, adapter_dir: str | os.PathLike[str], *, full: 
     """Check that a model is the base that a saved adapter was made for; loading does the same, without `full`.
 
     Args:
-        model: the base, plain or with adapters, merged or not; it is left as it is.
+        model: the base, plain or with adapters, those of this method merged or not; it is left as it is.
         adapter_dir: a local folder with an adapter.
         full: compare every entry of the tensors that the adapter covers, not only those of the child and 1024 others
             of each tensor. That takes a base of the dtype that it had when the adapter was saved.
