@@ -84,14 +84,24 @@ def _problems(
 ) -> Iterator[Exception]:
     """Yield an error for each thing, stored or of the base, that is not as the seal has it, and warn likewise."""
     yield from _stored_problems(saved, children, heads, config, unverified)
+    rounded: list[str] = []
     for name in children:
         if (key := name_hash(name)) not in saved.children:
             continue
-        _, fingerprint = saved.children[key]
-        if (same := matches(fingerprint, children[name].fingerprint())) is False:
+        (_, then), now = saved.children[key], children[name].fingerprint()
+        if (same := matches(then, now)) is False:
             yield base_mismatch(name, made_for)
         elif same is None:
             unverified.append(name)
+        elif then.dtype != now.dtype:
+            rounded.append(name)
+    if rounded:
+        logger.warning(
+            "%s and %d more tensors of the base have another precision than when the adapter was saved: they are the "
+            "same within its rounding.",
+            rounded[0],
+            len(rounded) - 1,
+        )
     if unverified:
         logger.warning(
             "%s and %d more tensors could not be verified: the adapter was made on a bfloat16 base and this one is "

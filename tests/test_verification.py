@@ -106,9 +106,13 @@ def test_values_saved_narrow_are_accepted_when_a_loader_widens_them(dtype):
     verify_seal(seal, widened, {})
 
 
-def test_a_base_in_half_precision_is_recognised():
-    verify_seal(seal(), children(bases={n: b.bfloat16() for n, b in BASES.items()}), HEADS)
-    verify_seal(seal(), children(bases={n: b.half() for n, b in BASES.items()}), HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_half_precision_is_recognised_and_said_to_be_rounded(dtype, caplog):
+    with caplog.at_level(logging.WARNING, logger="peft_childtune.verification"):
+        verify_seal(seal(), children(), HEADS)
+        assert not caplog.text
+        verify_seal(seal(), children(bases={n: b.to(dtype) for n, b in BASES.items()}), HEADS)
+    assert "a.weight and 2 more tensors of the base have another precision" in caplog.text
 
 
 def test_bfloat16_against_float16_warns_that_nothing_was_verified(caplog):

@@ -18,6 +18,7 @@ from .layer import ChildTuningLayer
 from .loading import PEFT_PREFIX, head_tensors, sealed_tensor
 from .offload import fill_away_, is_away
 from .sharding import sharding_of
+from .snapshot import AdapterBefore
 
 __all__ = ["adopt_state_dict", "check_no_base_weights"]
 
@@ -156,7 +157,21 @@ def adopt_state_dict(
             "below their precision is lost. Checkpoints to resume from need save_dtype=None.",
             adapter_name,
         )
-    _shape_after(arrived, adapter_name, config)
+    before = None  # a new adapter is taken out as a whole
+    if pending is None:
+        before = AdapterBefore(list(layers.values()), adapter_name, [tensor for _, tensor in own_heads.values()])
+    try:  # also filled: PEFT copies the same once more, and no matter where that breaks off, the adapter is whole
+        fills = sharding_of(model) is None
+        _shape_after(arrived, adapter_name, config, fills=fills)
+        for key, tensor in own_heads.values():
+            if fills and key in rest and not tensor.is_meta and tensor.shape == rest[key].shape:
+                tensor.data.copy_(rest[key])
+    except BaseException:
+        if before is not None:
+            before.restore_()
+        if pending is not None:
+            pending.discard()
+        raise
     if pending is not None:
         pending.postpone(seals[0]) if later else pending.finish()
     wide = {
@@ -172,7 +187,9 @@ def _is_rounded(values: Tensor | None, layer: ChildTuningLayer, adapter_name: st
     return values is not None and any(p.element_size() > values.element_size() for p in trained)
 
 
-def _shape_after(arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, config: ChildTuningConfig) -> None:
+def _shape_after(
+    arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, config: ChildTuningConfig, *, fills: bool
+) -> None:
     for layer, parameter, code, values in arrived.values():
         holder = layer._code(adapter_name)
         holder.forget()
@@ -187,6 +204,11 @@ def _shape_after(arrived: Mapping[str, tuple[Any, ...]], adapter_name: str, conf
             trainable = adapter_name in layer.active_adapters and not config.inference_mode
             place = torch.zeros(values.shape, dtype=torch.float32, device=device if old is None else old.device)
             set_values(layer, adapter_name, parameter, place, trainable=trainable)
+        own = layer._values(adapter_name).get(parameter)
+        if fills and own is not None and not own.is_meta:
+            own.data.copy_(values)
         buffer = holder._buffers.get(parameter)
         if buffer is None or buffer.shape != code.shape:
             holder.set_child(parameter, code.to(device, copy=True))
+        elif fills and not buffer.is_meta:
+            buffer.copy_(code)

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_childtune import ChildTuningConfig
-from tests.contract.families import FAMILIES, add_noise, differing, layers_in, same_bits, snapshot, wrap
+from peft_childtune import ChildTuningConfig, get_deltas
+from tests.contract.families import FAMILIES, add_noise, bits, differing, layers_in, same_bits, snapshot, wrap
 
 
 class Interrupt(Exception):
@@ -157,3 +157,35 @@ def test_a_layer_that_is_merged_by_itself_is_merged_whole_or_not_at_all(n, monke
             layer.merge()
     assert layer.merged_adapters == []
     assert differing(model, before) == []
+
+
+def _deltas(model, adapter):
+    """Return the bits of an adapter, with its head."""
+    heads = {name: tensor for name, tensor in model.state_dict().items() if f"modules_to_save.{adapter}." in name}
+    deltas = {name: delta.to_dense() for name, delta in get_deltas(model, adapter).items()}
+    return {name.replace(f".{adapter}.", "."): bits(tensor).tolist() for name, tensor in (heads | deltas).items()}
+
+
+@pytest.mark.parametrize("method", ["copy_", "to", "clone"])
+@pytest.mark.parametrize("place", ["b", "default"], ids=["a new adapter", "over an adapter"])
+def test_wherever_loading_onto_a_live_model_breaks_off_each_adapter_is_whole(place, method, tmp_path, monkeypatch):
+    family = FAMILIES["bert"]
+    saved = add_noise(wrap(family.build(), family, score="random", density=0.3, seed=4), seed=5)
+    saved.save_pretrained(tmp_path)
+    new, ends, n = _deltas(saved, "default"), set(), 0
+    while True:
+        n += 1 if n < 4 else 9
+        model = add_noise(wrap(family.build(), family, score="random", density=0.2), seed=1)
+        before, old = snapshot(model), _deltas(model, "default")
+        with monkeypatch.context() as patch:
+            fault = _Faulty(method, patch, n=n, written=False)
+            with contextlib.suppress(Interrupt, RuntimeError):  # the latter: torch's, about what it could not copy
+                model.load_adapter(tmp_path, place)
+        if fault.left > 0:
+            break
+        found = _deltas(model, place) if place in model.peft_config else None
+        ends.add("none" if found is None else "old" if found == old else "new" if found == new else "SOMETHING ELSE")
+        if place == "b" or found == old:
+            assert [name for name, tensor in before.items() if not same_bits(tensor, model.state_dict()[name])] == []
+    assert ends <= ({"none", "new"} if place == "b" else {"old", "new"})
+    assert ends & {"none", "old"}
