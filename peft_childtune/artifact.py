@@ -222,7 +222,8 @@ class Artifact:
         if name not in self.keys["code"]:
             return None
         try:
-            return decode_child(self.tensor(self.keys["code"][name]), shape=shape)
+            code, nnz = self.tensor(self.keys["code"][name]), self.values(name).numel()
+            return decode_child(code, shape=shape, nnz=nnz)
         except ChildTuningError as error:
             raise type(error)(f"{name}: {error}") from error
 

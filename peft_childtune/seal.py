@@ -89,7 +89,7 @@ def sealed_file_tensor(
         indices = torch.zeros(0, dtype=torch.int64)
         if code.numel():
             try:
-                child = decode_child(code, shape=tuple(tensor.shape))
+                child = decode_child(code, shape=tuple(tensor.shape), nnz=values.numel())
             except FormatError as error:
                 raise type(error)(f"{name}: {error}") from error
             if child.nnz != values.numel():

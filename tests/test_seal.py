@@ -7,7 +7,9 @@ import torch
 import xxhash
 
 from peft_childtune import FormatError, IntegrityError
-from peft_childtune.seal import make_seal, read_seal, seal_bytes
+from peft_childtune.codec import encode_child
+from peft_childtune.seal import make_seal, read_seal, seal_bytes, sealed_file_tensor
+from peft_childtune.sparse import TensorChild, UnitGrid
 from peft_childtune.weights import fingerprint
 
 from .sealing import BASES, CONFIG, HEADS, INDICES, children, seal
@@ -113,3 +115,10 @@ def test_a_changed_seal_of_another_version_is_called_damaged():
     raw[7] = 2
     with pytest.raises(IntegrityError, match="damaged"):
         read_seal(torch.tensor(list(raw), dtype=torch.uint8))
+
+
+def test_a_code_that_stands_for_more_entries_than_there_are_values_is_refused_before_they_are_listed():
+    code = encode_child(TensorChild(UnitGrid((4, 6)), torch.tensor([1, 5, 7])))
+    found = sealed_file_tensor("w", code, torch.ones(2), base=lambda: torch.ones(4, 6))
+    with pytest.raises(FormatError, match="^w: count: 3 units are not 2 entries"):
+        found.fingerprint()

@@ -119,6 +119,14 @@ ROWS = [
         "tests/tuner/test_base_check.py",
     ),
     Row(
+        "a code that stands for more entries than there are values",
+        "FormatError before they are listed",
+        _SEAL,
+        ", nnz=values.numel())",
+        ")",
+        "tests/test_seal.py",
+    ),
+    Row(
         "a delta that is not finite, loaded",
         "DeltaError naming the tensor",
         _VERIFICATION,
