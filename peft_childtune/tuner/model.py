@@ -46,6 +46,21 @@ def _places(model: nn.Module) -> dict[nn.Module | None, list[tuple[nn.Module, st
     return places
 
 
+@contextmanager
+def _all_or_none(layers: list[ChildTuningLayer]) -> Iterator[None]:
+    """Let layers be merged, or unmerged, within this block; if it is broken off, bring each back to what it was."""
+    before = [(layer, list(layer.merged_adapters)) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, merged in before:
+            if len(layer.merged_adapters) < len(merged):
+                layer.merge_back(merged)
+            else:
+                layer.unmerge_to(merged)
+        raise
+
+
 class ChildTuningModel(BaseTuner):
     """Trains a child network of a frozen base model.
 
@@ -227,26 +242,17 @@ class ChildTuningModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge on every layer of this method, or, if `safe_merge` finds an entry that is not finite, on none."""
-        before = [(layer, list(layer.merged_adapters)) for layer in child_layers(self.model)]
-        try:
-            for layer, _ in before:
+        layers = child_layers(self.model)
+        with _all_or_none(layers):
+            for layer in layers:
                 layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
-        except BaseException:
-            for layer, merged in before:
-                layer.unmerge_to(merged)
-            raise
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights bit for bit, or leave everything merged if a layer cannot be restored."""
-        before = [(layer, list(layer.merged_adapters)) for layer in child_layers(self.model)]
-        try:
-            for layer, _ in before:
+        layers = child_layers(self.model)
+        with _all_or_none(layers):
+            for layer in layers:
                 layer.unmerge()
-        except BaseException:
-            for layer, merged in before:
-                if layer.merged_adapters != merged:
-                    layer.merge_back(merged)
-            raise
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if self._unloaded is not None:
@@ -266,18 +272,16 @@ class ChildTuningModel(BaseTuner):
             self.merge_adapter(adapter_names=kwargs.get("adapter_names"), safe_merge=True)
             for layer in layers:
                 layer.unmerge_to([])
-        before = [(layer, list(layer.merged_adapters)) for layer in layers]
         self._unloaded = []
-        try:
-            unloaded: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
-        except BaseException:
-            for parent, name, module in reversed(self._unloaded):
-                setattr(parent, name, module)
-            for layer, merged in before:
-                layer.unmerge_to(merged)
-            raise
-        finally:
-            self._unloaded = None
+        with _all_or_none(layers):
+            try:
+                unloaded: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[assignment]
+            except BaseException:
+                for parent, name, module in reversed(self._unloaded):
+                    setattr(parent, name, module)
+                raise
+            finally:
+                self._unloaded = None
         for module in list(unloaded.modules()):  # the further places of shared modules
             for name, child in list(module._modules.items()):
                 if isinstance(child, ChildTuningLayer):
