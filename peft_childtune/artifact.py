@@ -20,16 +20,14 @@ from .codec.header import Header, decode_header
 from .errors import BaseMismatchError, ChildTuningError, FormatError, IntegrityError
 from .seal import sealed_file_tensor
 from .sparse import TensorChild
-from .untrusted import shown
+from .untrusted import MAX_SCANNED, PEFT_PREFIX, shown
 from .verification import THE_NAMED_BASE, verify_seal, verify_stored
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Artifact", "Stored", "Verdict", "read_json"]
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 CODINGS = {0: "raw", 1: "rice", 2: "block-rice", 3: "bitmap", 4: "lzma", 8: "seeded", 9: "resampled"}
-_PREFIX = "base_model.model."
 _CODE, _VALUES, _SEAL = ".child_tuning_code.", ".child_tuning_values.", ".child_tuning_seal"
-_MAX_SCANNED = 1 << 27  # units that are drawn for a file alone: some 3 s on one core
 _FRONT = 320  # bytes of a code that hold its header, at most
 _MAX_JSON = 1 << 26  # bytes of a configuration; a table of a million tensors is shorter
 
@@ -151,9 +149,9 @@ class Artifact:
             raise FormatError(f"{self.folder / CONFIG_NAME}: modules_to_save={shown(modules)} is no list of names.")
         to_save = [f".{module}." for module in modules]
         for key in found:
-            name = key.removeprefix(_PREFIX)
+            name = key.removeprefix(PEFT_PREFIX)
             if name != key and name in found:
-                raise IntegrityError(f"{self.path}: {shown(name)} is there twice, with and without {_PREFIX!r}.")
+                raise IntegrityError(f"{self.path}: {shown(name)} is there twice, with and without {PEFT_PREFIX!r}.")
             if name.endswith(_SEAL):
                 self._seals.append(key)
             elif _CODE in name:
@@ -291,12 +289,12 @@ class Artifact:
             return
         if name in self.keys["code"]:
             scanned = measure_child(self.tensor(self.keys["code"][name]), shape=stored.shape).scanned
-            if scanned > _MAX_SCANNED and base is None:
+            if scanned > MAX_SCANNED and base is None:
                 raise FormatError(
-                    f"{name}: {scanned} units have to be drawn to know its child, above the limit {_MAX_SCANNED} "
+                    f"{name}: {scanned} units have to be drawn to know its child, above the limit {MAX_SCANNED} "
                     "for a file alone; verify it together with its base."
                 )
-            if scanned > _MAX_SCANNED:
+            if scanned > MAX_SCANNED:
                 self._of_base(name, base)  # its shape is what the units are compared with
         child = self.child(name, stored.shape)
         if child is not None and child.nnz != stored.nnz:

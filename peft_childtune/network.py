@@ -14,17 +14,14 @@ from .codec import decode_child, encode_child, measure_child
 from .errors import DeltaError, FormatError, IntegrityError
 from .files import load_tensors, save_tensors
 from .sparse import TensorChild, UnitGrid
-from .untrusted import read_header
+from .untrusted import MAX_SCANNED, read_header
 from .weights import digest
 
 __all__ = ["ChildNetwork"]
 
 # What a file may ask for whose shapes nobody has vouched for: a few bytes can stand for any number of entries.
-_MAX_SCANNED = 1 << 27  # units that are drawn or decompressed to count the kept ones: some 3 s on one core
 _MAX_UNLISTED = 1 << 25  # kept entries beyond one for each bit of the file: 256 MiB as positions
-_MAX_UNSEALED = (
-    1 << 22
-)  # the same in files without a digest of their codes, whose positions must be listed to be checked
+_MAX_UNSEALED = 1 << 22  # the same in files without a digest of their codes: their positions are listed to be checked
 _FORMAT = "peft_childtune.child_network.v1"
 
 
@@ -225,10 +222,10 @@ def _check_demands(
             raise FormatError(f"{path}: {name}: {error}") from error
         scanned += demand.scanned
         unlisted += max(0, demand.nnz - 8 * codes[name].numel())
-        if scanned > _MAX_SCANNED or unlisted > unlisted_limit:
+        if scanned > MAX_SCANNED or unlisted > unlisted_limit:
             raise FormatError(
                 f"{path}: {name} of shape {shape} takes the file, of {sum(c.numel() for c in codes.values())} bytes, "
                 f"to {scanned} units to draw and {unlisted} entries that it does not list, above the limits "
-                f"{_MAX_SCANNED} and {unlisted_limit}. If you trust it, say which tensors it is about: "
+                f"{MAX_SCANNED} and {unlisted_limit}. If you trust it, say which tensors it is about: "
                 "`ChildNetwork.load(path, shapes=...)`, or `select_child_network(model, network=path)`."
             )

@@ -15,8 +15,8 @@ The seal is one uint8 tensor, stored in the file only. Layout, little-endian, 56
     8   xxh3-64 of everything before it
 
 Records are sorted by the hash of their name. Readers refuse another major version and required features that they do
-not know. They accept a newer minor version, which may
-give a meaning to bytes that are zero here, but changes no length.
+not know. They accept a newer minor version, which may give a meaning to bytes that are zero here, but changes no
+length.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from .errors import FormatError, IntegrityError, UnsupportedError
 
 __all__ = [
+    "MAX_SCANNED",
+    "PEFT_PREFIX",
     "TensorEntry",
     "check_sizes",
     "read_header",
@@ -26,6 +28,8 @@ __all__ = [
 # JSON takes up to 24 times its length as Python objects: 8 MiB of it stay below 200 MB, and longer headers come with
 # the tensors that need them (a table of 100,000 tensors has 17 MB)
 MAX_FREE_HEADER_BYTES, MAX_HEADER_SHARE = 8 << 20, 1 / 32
+MAX_SCANNED = 1 << 27  # units that are drawn or decompressed for a file alone: some 3 s on one core
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
 MAX_NAME = 1024  # characters; names of modules have some 100
 MAX_SIZE = (1 << 63) - 1  # of one dimension: torch's sizes are int64, and zeros can make any product small
 
@@ -86,7 +90,7 @@ def check_sizes(
         stored: dict[str, int] = {}
         for key, entry in header.items():
             path, _, parameter = key.rpartition(f".child_tuning_{kind}.")
-            stored[f"{path.removeprefix('base_model.model.')}.{parameter}"] = entry.numel if path else 0
+            stored[f"{path.removeprefix(PEFT_PREFIX)}.{parameter}"] = entry.numel if path else 0
         listed = {name: sizes[at] for name, sizes in child.items()}
         if sum(listed.values()) <= sum(stored.values()):
             continue

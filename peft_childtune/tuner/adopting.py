@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatchError, IntegrityError
+from ..untrusted import PEFT_PREFIX
 from ..verification import report, verify_seal
 from .config import ChildTuningConfig
 from .install import check_not_merged, check_places, device_beside, layers_of, set_values
 from .layer import ChildTuningLayer
-from .loading import PEFT_PREFIX, head_tensors, sealed_tensor
+from .loading import head_tensors, sealed_tensor
 from .offload import fill_away_, is_away
 from .sharding import sharding_of
 from .snapshot import AdapterBefore

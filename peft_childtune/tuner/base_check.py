@@ -15,13 +15,13 @@ from ..errors import BaseMismatchError, FormatError, UnsupportedError
 from ..files import load_tensors
 from ..ranks import unwrapped
 from ..seal import Seal, Sealed, name_hash, read_seal, sealed_file_tensor
+from ..untrusted import PEFT_PREFIX
 from ..verification import base_mismatch, verify_seal
 from ..weights import Fingerprint, is_sharded
 from .adopting import check_no_base_weights
 from .config import ChildTuningConfig
 from .gathered import is_partitioned
 from .layer import ChildTuningLayer
-from .loading import PEFT_PREFIX
 from .offload import onloaded, out_of_reach
 
 __all__ = ["verify_base"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import SelectionError, UnsupportedError
 from ..seal import Sealed, seal_bytes, sealed_file_tensor
+from ..untrusted import PEFT_PREFIX
 from ..verification import verify_seal
 from .gathered import is_partitioned
 from .install import covered_tensors, layers_of
@@ -20,7 +21,6 @@ from .snapshot import Snapshot
 
 __all__ = [
     "NATIVE_LOADER",
-    "PEFT_PREFIX",
     "PendingLoad",
     "begin_load",
     "head_tensors",
@@ -28,7 +28,6 @@ __all__ = [
     "sealed_tensor",
 ]
 
-PEFT_PREFIX = "base_model.model."
 NATIVE_LOADER = "_load_pretrained_model"  # what transformers' `load_adapter` calls, on the model
 
 

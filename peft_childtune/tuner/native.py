@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import IntegrityError
-from ..untrusted import TensorEntry, read_header, refuse_pickle, shown
+from ..untrusted import PEFT_PREFIX, TensorEntry, read_header, refuse_pickle, shown
 from .adopting import check_no_base_weights
 from .config_file import check_beside
 from .install import layers_of
-from .loading import NATIVE_LOADER, PEFT_PREFIX, PendingLoad, head_tensors
+from .loading import NATIVE_LOADER, PendingLoad, head_tensors
 
 __all__ = ["watch"]
 

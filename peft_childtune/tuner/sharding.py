@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..ranks import agree, world_size
+from ..untrusted import PEFT_PREFIX
 from ..weights import is_sharded
 from .ddp import DIFFERENT_CHILDREN, children_of
 from .gathered import is_partitioned
 from .layer import ChildTuningLayer, child_layers
-from .loading import PEFT_PREFIX
 
 __all__ = ["ZERO3", "compare_divided", "is_in_engine", "keep_codes_out_of_ddp", "refuse_sharded", "sharding_of"]
 
