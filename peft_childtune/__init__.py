@@ -23,6 +23,7 @@ from .errors import (
     UnsupportedError,
 )
 from .network import ChildNetwork
+from .scores import ScoreInputs, register_score
 from .sparse import SparseDelta
 from .tuner import (
     ChildTuningCallback,
@@ -53,6 +54,7 @@ __all__ = [
     "MemoryEstimate",
     "PeftVersionError",
     "ScoreError",
+    "ScoreInputs",
     "SelectionError",
     "SparseDelta",
     "TargetError",
@@ -60,6 +62,7 @@ __all__ = [
     "estimate_memory",
     "get_child_network",
     "get_deltas",
+    "register_score",
     "select_child_network",
     "selection_report",
     "skip_verification",

@@ -3,7 +3,30 @@
 from __future__ import annotations
 
 from peft_childtune.scores.batch import batch_size, examples
+from peft_childtune.scores.registry import (
+    ScoreFunction,
+    ScoreInputs,
+    compute_scores,
+    is_score,
+    register_score,
+    score_names,
+    sees_data,
+)
 from peft_childtune.scores.result import ScoreResult, magnitude_scores
 from peft_childtune.scores.score import DATA_SCORES, score_parameters
 
-__all__ = ["DATA_SCORES", "ScoreResult", "batch_size", "examples", "magnitude_scores", "score_parameters"]
+__all__ = [
+    "DATA_SCORES",
+    "ScoreFunction",
+    "ScoreInputs",
+    "ScoreResult",
+    "batch_size",
+    "compute_scores",
+    "examples",
+    "is_score",
+    "magnitude_scores",
+    "register_score",
+    "score_names",
+    "score_parameters",
+    "sees_data",
+]

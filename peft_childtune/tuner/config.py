@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 
 from ..errors import ConfigError, UnsupportedError
-from ..scores import DATA_SCORES
+from ..scores import is_score, score_names, sees_data
 from ..untrusted import shown
 from ..weights import digest
 from .config_checks import check_types
@@ -20,7 +20,6 @@ from .registration import ChildTuningPeftType
 __all__ = ["ChildTuningConfig"]
 
 Mode = Literal["task_driven", "task_free"]
-Score = Literal["fisher", "fisher_batch", "gradient", "magnitude", "random"]
 Scope = Literal["global", "layer", "tensor", "row"]
 Granularity = Literal["element", "row", "column", "block"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
@@ -45,7 +44,8 @@ class ChildTuningConfig(PeftConfig):
         score (`str`, *optional*, defaults to `fisher`):
             What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher
             information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need data: call
-            `select_child_network(model, dataloader)`. `magnitude` and `random` need none.
+            `select_child_network(model, dataloader)`. `magnitude` and `random` need none. Or the name of a score of
+            your own, see `register_score`.
         scope (`str`, *optional*, defaults to `global`):
             Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` (each
             tensor) or `row` (each output neuron).
@@ -111,13 +111,14 @@ class ChildTuningConfig(PeftConfig):
         },
     )
     density: float = field(default=0.3, metadata={"help": "The kept fraction of the covered weights, in (0, 1]."})
-    score: Score = field(
+    score: str = field(
         default="fisher",
         metadata={
             "help": (
                 "What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher "
                 "information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need "
-                "data: call `select_child_network(model, dataloader)`. `magnitude` and `random` need none."
+                "data: call `select_child_network(model, dataloader)`. `magnitude` and `random` need none. Or the "
+                "name of a score of your own, see `register_score`."
             )
         },
     )
@@ -225,7 +226,7 @@ class ChildTuningConfig(PeftConfig):
     @property
     def needs_data(self) -> bool:
         """Whether the child can be chosen only by `select_child_network(model, dataloader)`."""
-        return self.mode == "task_driven" and self.score in DATA_SCORES
+        return self.mode == "task_driven" and sees_data(self.score)
 
     @property
     def file_digest(self) -> bytes | None:
@@ -293,11 +294,18 @@ class ChildTuningConfig(PeftConfig):
         save_config(save_directory, saved, alone=alone)
 
     def _check_choices(self) -> None:
-        choices = {"mode": Mode, "score": Score, "scope": Scope, "granularity": Granularity, "save_dtype": SaveDtype}
+        choices = {"mode": Mode, "scope": Scope, "granularity": Granularity, "save_dtype": SaveDtype}
         for name, literal in choices.items():
             value = getattr(self, name)
             if value not in get_args(literal) and not (name == "save_dtype" and value is None):
                 raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(map(repr, get_args(literal)))}.")
+
+        # one that was loaded chooses nothing any more, and its score may be registered elsewhere only
+        if not isinstance(self.score, str) or (self.child is None and not is_score(self.score)):
+            raise ConfigError(
+                f"score={shown(self.score)} is not one of {', '.join(map(repr, score_names()))}; one of your own has "
+                "to be registered first: peft_childtune.register_score(name, function)."
+            )
 
     def _check_numbers(self) -> None:
         if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:

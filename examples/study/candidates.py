@@ -1,0 +1,112 @@
+"""Scores that the study tries, each registered under the name that its result lines carry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_childtune import ScoreInputs, register_score
+
+Scores = dict[str, Tensor]
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.dim() > 1
+
+
+def _root(inputs: ScoreInputs) -> Scores:
+    return {name: scores.sqrt() for name, scores in inputs.compute("fisher").scores.items()}
+
+
+def relative(inputs: ScoreInputs) -> Scores:
+    """Return the root of the Fisher information over the weight's size (GEM, Kang et al. 2025)."""
+    root = _root(inputs)
+    return {name: root[name] / (w.detach().abs() + w.detach().std()) for name, w in inputs.parameters.items()}
+
+
+def saliency(inputs: ScoreInputs) -> Scores:
+    """Return the root of the Fisher information times the weight's size (SNIP, Lee et al. 2019)."""
+    root = _root(inputs)
+    return {name: root[name] * w.detach().abs() for name, w in inputs.parameters.items()}
+
+
+def balanced(inputs: ScoreInputs) -> Scores:
+    """Return Fisher information over the mean of its row and of its column (RIA's idea, Zhang et al. 2024)."""
+    found = {}
+    for name, f in inputs.compute("fisher").scores.items():
+        if _is_matrix(f):
+            f = f / (f.mean(0, keepdim=True) + 1e-30) / (f.mean(1, keepdim=True) + 1e-30)
+        else:
+            f = f / (f.mean() + 1e-30)
+        found[name] = f
+    return found
+
+
+def shared(inputs: ScoreInputs) -> Scores:
+    """Return Fisher information over the root of its row's and column's means: half way to `balanced`."""
+    found = {}
+    for name, f in inputs.compute("fisher").scores.items():
+        if _is_matrix(f):
+            f = f / ((f.mean(0, keepdim=True) * f.mean(1, keepdim=True)).sqrt() + 1e-30)
+        else:
+            f = f / (f.mean() + 1e-30)
+        found[name] = f
+    return found
+
+
+def small_first(inputs: ScoreInputs) -> Scores:
+    """Return the mean gradient over the weight's size (GaLLoP, 2025)."""
+    g = inputs.compute("gradient").scores
+    return {
+        name: g[name] / (w.detach().abs() + 1e-3 * w.detach().abs().mean()) for name, w in inputs.parameters.items()
+    }
+
+
+def drawn(inputs: ScoreInputs) -> Scores:
+    """Return a random draw with chances in proportion to the fourth root of the Fisher information (Gumbel top-k)."""
+    generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 31))
+    found = {}
+    for name, f in inputs.compute("fisher").scores.items():
+        uniform = torch.rand(f.shape, generator=generator).clamp_(1e-12, 1 - 1e-7)
+        found[name] = 0.25 * (f + 1e-38).log() - (-uniform.log()).log()
+    return found
+
+
+def movement(inputs: ScoreInputs, *, epochs: int = 1, learning_rate: float = 1e-4) -> Scores:
+    """Return how far each weight moves in a short dense training, which is taken back (LT-SFT, Ansell et al. 2022)."""
+    heads = [p for name, p in inputs.model.named_parameters() if ".modules_to_save." in name]
+    moved = [*inputs.parameters.values(), *heads]
+    before = [p.detach().clone() for p in moved]
+    for p in moved:
+        p.requires_grad = True
+    inputs.model.train()
+    optimizer = torch.optim.AdamW(moved, lr=learning_rate, weight_decay=0.0)
+    batches = list(inputs.dataloader or ())
+    try:
+        for _ in range(epochs):
+            for place in torch.randperm(len(batches)).tolist():
+                inputs.model(**batches[place]).loss.backward()
+                torch.nn.utils.clip_grad_norm_(moved, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        pairs = zip(inputs.parameters.items(), before, strict=False)  # the heads come last
+        return {name: (p.detach() - old).abs() for (name, p), old in pairs}
+    finally:
+        for p, old in zip(moved, before, strict=True):
+            p.data.copy_(old)
+            p.grad = None
+
+
+def small(inputs: ScoreInputs) -> Scores:
+    """Return how near to zero each weight is."""
+    return {name: -w.detach().abs().float() for name, w in inputs.parameters.items()}
+
+
+register_score("relative", relative)
+register_score("saliency", saliency)
+register_score("balanced", balanced)
+register_score("shared", shared)
+register_score("small_first", small_first)
+register_score("drawn", drawn)
+register_score("movement", movement)
+register_score("small", small, needs_data=False)

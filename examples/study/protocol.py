@@ -1,0 +1,71 @@
+"""Reads `protocol.toml`: the methods, the phases, and the learning rates of each."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training import Method
+
+FILE = Path(__file__).resolve().with_name("protocol.toml")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Tasks and seeds."""
+
+    tasks: list[str]
+    seeds: list[int]
+    methods: list[str]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the study runs."""
+
+    bf16: bool
+    phases: Mapping[str, Phase]
+    methods: Mapping[str, Method]
+    grids: Mapping[str, list[float]]
+
+    def rates(self, phase: str, *, development: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+        """Return the learning rates of each method of a phase: the whole grid in development, else the best of it."""
+        if phase == "development":
+            return {name: self.grids[name] for name in self.phases[phase].methods}
+        best = best_rates(development)
+        return {name: [best[name]] for name in self.phases[phase].methods if name in best}
+
+
+def best_rates(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the learning rate of the highest mean accuracy over tasks, by method; among equals the lowest."""
+    found: dict[str, dict[float, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for line in lines:
+        found[line["method"]][line["learning_rate"]][line["task"]].append(line["accuracy"])
+
+    def mean(tasks: Mapping[str, list[float]]) -> float:
+        return sum(sum(a) / len(a) for a in tasks.values()) / len(tasks)
+
+    return {method: max(sorted(rates), key=lambda rate: mean(rates[rate])) for method, rates in found.items()}
+
+
+def read_protocol(path: Path = FILE) -> Protocol:
+    """Return what the file says."""
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    defaults = raw["defaults"]
+    known = {"kind", "options", "weight_decay", "fits_head"}
+    methods, grids = {}, {}
+    for name, entry in raw["methods"].items():
+        entry = defaults | entry
+        grids[name] = [float(rate) for rate in entry.pop("rates")]
+        if unknown := set(entry) - known:
+            raise ValueError(f"{path}: methods.{name}: {min(unknown)!r} is none of {', '.join(sorted(known))}.")
+        methods[name] = Method(**entry)
+    phases = {
+        name: Phase(phase["tasks"], phase["seeds"], phase.get("methods", list(methods)))
+        for name, phase in raw["phases"].items()
+    }
+    return Protocol(raw["bf16"], phases, methods, grids)

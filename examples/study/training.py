@@ -1,0 +1,218 @@
+"""One run of the study: a method, a task and a seed in; the predictions on the test rows out."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import assets
+import candidates  # noqa: F401  # registers its scores
+import torch
+from data import tokenize
+from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
+from tasks import load
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    get_linear_schedule_with_warmup,
+    set_seed,
+)
+
+from peft_childtune import ChildTuningConfig, select_child_network
+
+BATCH, EPOCHS, MAX_LENGTH, WARMUP = 16, 4, 64, 0.1
+Record = dict[str, Any]
+Batch = dict[str, Tensor]
+_PEERS: dict[str, Any] = {"lora": LoraConfig, "shira": ShiraConfig, "supertuning": SupertuningConfig}
+_IN_BLOCKS = r".*\.layer\.\d+\..*(query|key|value|dense)"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is fine-tuned.
+
+    Attributes:
+        kind: `child`, `full` (every weight), `head` (nothing but the head and the pooler), or a peer in PEFT: `lora`,
+            `shira`, `supertuning`.
+        options: of the child's configuration, or of the peer's.
+        weight_decay: AdamW's; of a child it pulls towards the pretrained weights.
+        fits_head: whether the head is fitted on the frozen base first, before anything is scored.
+    """
+
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weight_decay: float = 0.0
+    fits_head: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run leaves."""
+
+    predictions: list[int]
+    labels: list[int]
+    trained: int
+    selection_seconds: float
+    seconds: float
+    loss: float
+
+
+def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: bool, epochs: int = EPOCHS) -> Outcome:
+    """Fine-tune the pinned encoder, and return its predictions on the task's test rows.
+
+    Args:
+        method: how.
+        task: one of `tasks.TASKS`.
+        learning_rate: the highest; it rises over the first tenth of the steps and falls linearly to zero.
+        seed: of the training rows, the head, the batches, dropout and whatever the method draws.
+        bf16: whether to compute in bf16 (autocast); weights and optimizer stay in fp32.
+        epochs: over the training rows.
+    """
+    train, test, num_labels = _data(task, seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    set_seed(seed)
+    model = _base(num_labels).to(device)
+    if bf16:  # around each forward: one context for all of them would keep the first step's weights in bf16
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    start = time.perf_counter()
+    model = _wrapped(model, method, _batches(train, device), seed)
+    selected = time.perf_counter()
+    loss = _train(model, train, learning_rate, method.weight_decay, epochs=epochs, seed=seed, device=device)
+    seconds = time.perf_counter() - selected
+    predictions = _predict(model, test, device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    labels = [record["labels"] for record in test]
+    return Outcome(predictions, labels, trained, selected - start, seconds, loss)
+
+
+@lru_cache(maxsize=4)
+def _data(task: str, seed: int) -> tuple[list[Record], list[Record], int]:
+    split = load(task, seed=seed)
+    train, test = (tokenize(rows, _tokenizer(), MAX_LENGTH) for rows in (split.train, split.test))
+    return train, test, split.num_labels
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(assets.encoder_dir())
+
+
+def _base(num_labels: int) -> nn.Module:
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(assets.encoder_dir(), num_labels=num_labels)
+    return model
+
+
+def _batches(records: Sequence[Record], device: str, *, size: int = BATCH) -> list[Batch]:
+    """Return batches of rows of similar length."""
+    ordered = sorted(records, key=lambda record: len(record["input_ids"]))
+    collate = DataCollatorWithPadding(_tokenizer())
+    return [collate(ordered[at : at + size]).to(device) for at in range(0, len(ordered), size)]
+
+
+def _epoch(records: Sequence[Record], device: str, rng: random.Random) -> list[Batch]:
+    """Return an epoch's batches: rows of similar length together, in an order and with neighbours of chance."""
+    noisy = sorted(records, key=lambda record: len(record["input_ids"]) + rng.uniform(-3, 3))
+    collate = DataCollatorWithPadding(_tokenizer())
+    batches = [collate(noisy[at : at + BATCH]).to(device) for at in range(0, len(noisy), BATCH)]
+    rng.shuffle(batches)
+    return batches
+
+
+def _wrapped(model: nn.Module, method: Method, batches: list[Batch], seed: int) -> nn.Module:
+    """Return the model with only what the method trains left trainable."""
+    if method.kind == "full":
+        return model
+    options = dict(method.options)
+    if method.kind == "head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith("classifier.") or ".pooler." in name
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if method.kind != "child":
+            peer = _PEERS[method.kind](task_type="SEQ_CLS", target_modules=_IN_BLOCKS, **options)
+            return get_peft_model(model, peer)
+        config = ChildTuningConfig(task_type="SEQ_CLS", seed=seed, **options)
+        model = get_peft_model(model, config)
+    if method.fits_head:
+        fit_head(model, batches)
+    if config.needs_data:
+        select_child_network(model, batches, show_progress=False)
+    return model
+
+
+def fit_head(model: nn.Module, batches: list[Batch], *, epochs: int = 3, learning_rate: float = 3e-3) -> None:
+    """Train what is in `modules_to_save`, and nothing else (Kumar et al. 2022)."""
+    heads = [p for name, p in model.named_parameters() if ".modules_to_save." in name]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in flags:
+        p.requires_grad = False
+    for p in heads:
+        p.requires_grad = True
+    model.eval()
+    optimizer = torch.optim.AdamW(heads, lr=learning_rate, weight_decay=0.0)
+    for _ in range(epochs):
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, flag in flags:
+        p.requires_grad = flag
+
+
+def _train(
+    model: nn.Module,
+    records: Sequence[Record],
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    epochs: int,
+    seed: int,
+    device: str,
+) -> float:
+    """Train in place; return the mean loss of the last epoch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    steps = epochs * -(-len(records) // BATCH)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
+    rng = random.Random(seed)
+    set_seed(seed)  # the same dropout, whatever the selection has drawn
+    model.train()
+    losses: list[float] = []
+    for _ in range(epochs):
+        losses = []
+        for batch in _epoch(records, device, rng):
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, records: Sequence[Record], device: str) -> list[int]:
+    """Return the predicted label of each row, in the rows' order."""
+    model.eval()
+    order = sorted(range(len(records)), key=lambda place: len(records[place]["input_ids"]))
+    found = [0] * len(records)
+    collate = DataCollatorWithPadding(_tokenizer())
+    for places in _chunks(order, 64):
+        batch = collate([records[place] for place in places]).to(device)
+        for place, label in zip(places, model(**batch).logits.argmax(-1).tolist(), strict=True):
+            found[place] = label
+    return found
+
+
+def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for at in range(0, len(places), size):
+        yield places[at : at + size]
