@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # the data and models that all examples share; workers inherit it
 
+import peft  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from protocol import Protocol, read_protocol  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
+
+import peft_childtune  # noqa: E402
 
 RESULTS = HERE / "results"
 
@@ -107,7 +110,7 @@ def origin() -> dict[str, str]:
     return {
         "commit": commit.stdout.strip(),
         "date": date.today().isoformat(),
-        **{name: version(name) for name in ("torch", "peft", "transformers", "peft_childtune")},
+        **{module.__name__: module.__version__ for module in (torch, peft, transformers, peft_childtune)},
     }
 
 
