@@ -1,0 +1,158 @@
+"""Scores that users register: from the function to the child, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from peft_childtune import (
+    ChildTuningConfig,
+    ConfigError,
+    ScoreError,
+    SelectionError,
+    get_child_network,
+    register_score,
+    select_child_network,
+)
+from peft_childtune.scores import registry
+
+
+@pytest.fixture(autouse=True)
+def _nothing_registered(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+
+
+def _base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+
+
+def _config(score, **options):
+    return ChildTuningConfig(target_modules=["0", "2"], score=score, density=0.2, **options)
+
+
+def _loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _batches():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(4, 6, generator=generator), torch.randint(2, (4,), generator=generator)) for _ in range(3)]
+
+
+def test_a_score_without_data_chooses_the_child_when_the_model_is_wrapped():
+    register_score("small", lambda i: {n: -w.detach().abs() for n, w in i.parameters.items()}, needs_data=False)
+    base = _base()
+    smallest = torch.cat([p.detach().abs().flatten() for p in base.parameters()]).sort().values[:8]
+    child = get_child_network(get_peft_model(base, _config("small")))
+    kept = torch.cat([base.get_parameter(name).flatten()[at] for name, at in _in(base, child)])
+    torch.testing.assert_close(kept.abs().sort().values, smallest)
+
+
+def _in(base, child):
+    for name, at in child.indices.items():
+        place, _, parameter = name.partition(".")
+        yield f"{place}.base_layer.{parameter}", at
+
+
+def test_a_score_of_data_waits_for_it_and_can_build_on_a_built_in_one():
+    register_score("twice", lambda inputs: {n: 2 * s for n, s in inputs.compute("fisher").scores.items()})
+    model, fisher = get_peft_model(_base(), _config("twice")), get_peft_model(_base(), _config("fisher"))
+    with pytest.raises(SelectionError, match="select_child_network"):
+        model(torch.ones(1, 6))
+    with pytest.raises(SelectionError, match=r"looks at data.*dataloader"):
+        select_child_network(model)
+    chosen = select_child_network(model, _batches(), loss_fn=_loss, show_progress=False)
+    assert chosen == select_child_network(fisher, _batches(), loss_fn=_loss, show_progress=False)
+
+
+def test_a_score_sees_the_base_in_eval_mode_and_leaves_flags_and_random_state_alone():
+    seen = {}
+
+    def score(inputs):
+        seen["training"] = any(module.training for module in inputs.model.modules())
+        seen["names"] = list(inputs.parameters)
+        for weight in inputs.parameters.values():
+            weight.requires_grad = True
+        inputs.model.train()
+        return {name: torch.rand(weight.shape) for name, weight in inputs.parameters.items()}
+
+    register_score("careless", score)
+    model = get_peft_model(_base(), _config("careless")).eval()
+    state = torch.get_rng_state()
+    select_child_network(model, _batches(), show_progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seen == {"training": False, "names": ["0.weight", "0.bias", "2.weight", "2.bias"]}
+    assert not any(module.training for module in model.modules())
+    assert [n for n, p in model.named_parameters() if p.requires_grad and "child_tuning" not in n] == []
+
+
+def test_an_adapter_loads_where_its_score_is_not_registered(tmp_path, monkeypatch):
+    register_score("small", lambda i: {n: -w.detach().abs() for n, w in i.parameters.items()}, needs_data=False)
+    model = get_peft_model(_base(), _config("small", init_weights=False))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+    loaded = PeftModel.from_pretrained(_base(), tmp_path)
+    assert get_child_network(loaded) == get_child_network(model)
+    x = torch.ones(2, 6)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+def test_a_name_that_nobody_has_registered_is_refused_with_the_ones_there_are():
+    with pytest.raises(ConfigError, match=r"score='mine' is not one of 'fisher'.*register_score"):
+        _config("mine")
+
+
+@pytest.mark.parametrize("name", ["fisher", "random", "", 3])
+def test_a_name_that_is_built_in_or_none_cannot_be_registered(name):
+    with pytest.raises(ConfigError):
+        register_score(name, lambda inputs: {})
+
+
+def test_a_name_is_replaced_only_on_demand():
+    register_score("mine", lambda inputs: {})
+    with pytest.raises(ConfigError, match="replace=True"):
+        register_score("mine", lambda inputs: {})
+    register_score("mine", lambda inputs: {}, replace=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scores: list(scores.values()), "list"),
+        (lambda scores: scores | {"0.weight": scores["0.weight"][:1]}, r"0\.weight.*\(1, 6\) for \(4, 6\)"),
+        (lambda scores: scores | {"0.weight": scores["0.weight"].long()}, r"0\.weight.*int64"),
+        (lambda scores: scores | {"0.weight": scores["0.weight"] * float("nan")}, r"0\.weight.*NaN"),
+        (lambda scores: scores | {"9.weight": scores["0.weight"]}, r"9\.weight.*no covered parameter"),
+        (lambda scores: {"0.weight": scores["0.weight"]}, r"0\.bias.*no scores"),
+    ],
+    ids=["no table", "shape", "dtype", "nan", "too many", "too few"],
+)
+def test_what_a_score_returns_is_checked_before_anything_is_chosen(change, message):
+    register_score("wrong", lambda i: change({n: torch.ones(w.shape) for n, w in i.parameters.items()}))
+    model = get_peft_model(_base(), _config("wrong"))
+    with pytest.raises(ScoreError, match=message):
+        select_child_network(model, _batches(), show_progress=False)
+    with pytest.raises(SelectionError):
+        get_child_network(model)
+
+
+def test_a_score_declared_without_data_is_told_so_when_it_asks_for_some():
+    register_score("sly", lambda inputs: inputs.compute("fisher").scores, needs_data=False)
+    with pytest.raises(ScoreError, match="needs_data=True"):
+        get_peft_model(_base(), _config("sly"))
+
+
+def test_a_score_that_fails_leaves_the_model_as_it_was():
+    def broken(inputs):
+        inputs.model.train()
+        raise RuntimeError("no")
+
+    register_score("broken", broken)
+    model = get_peft_model(_base(), _config("broken")).eval()
+    with pytest.raises(RuntimeError, match="no"):
+        select_child_network(model, _batches(), show_progress=False)
+    assert not model.training and not model.base_model.model[1].training
