@@ -1,4 +1,4 @@
-"""Scores that the study tries, each registered under the name that its result lines carry."""
+"""Scores that the study tries, each registered under the name that `protocol.toml` calls it by."""
 
 from __future__ import annotations
 
@@ -9,13 +9,31 @@ from peft_childtune import ScoreInputs, register_score
 
 Scores = dict[str, Tensor]
 
+_known: dict[tuple[object, str], Scores] = {}  # by (run, score)
+_current: list[object] = [None]
+
+
+def remember(run: object) -> None:
+    """Say for which task, seed and head scores are wanted next: methods that differ in nothing else share them."""
+    if run != _current[0]:
+        _current[0] = run
+        _known.clear()
+
+
+def known(inputs: ScoreInputs, score: str) -> Scores:
+    """Return a built-in score, computed once a task, seed and head."""
+    key = (_current[0], score)
+    if key not in _known:
+        _known[key] = inputs.compute(score).scores
+    return _known[key]
+
 
 def _is_matrix(tensor: Tensor) -> bool:
     return tensor.dim() > 1
 
 
 def _root(inputs: ScoreInputs) -> Scores:
-    return {name: scores.sqrt() for name, scores in inputs.compute("fisher").scores.items()}
+    return {name: scores.sqrt() for name, scores in known(inputs, "fisher").items()}
 
 
 def relative(inputs: ScoreInputs) -> Scores:
@@ -33,7 +51,7 @@ def saliency(inputs: ScoreInputs) -> Scores:
 def balanced(inputs: ScoreInputs) -> Scores:
     """Return Fisher information over the mean of its row and of its column (RIA's idea, Zhang et al. 2024)."""
     found = {}
-    for name, f in inputs.compute("fisher").scores.items():
+    for name, f in known(inputs, "fisher").items():
         if _is_matrix(f):
             f = f / (f.mean(0, keepdim=True) + 1e-30) / (f.mean(1, keepdim=True) + 1e-30)
         else:
@@ -45,7 +63,7 @@ def balanced(inputs: ScoreInputs) -> Scores:
 def shared(inputs: ScoreInputs) -> Scores:
     """Return Fisher information over the root of its row's and column's means: half way to `balanced`."""
     found = {}
-    for name, f in inputs.compute("fisher").scores.items():
+    for name, f in known(inputs, "fisher").items():
         if _is_matrix(f):
             f = f / ((f.mean(0, keepdim=True) * f.mean(1, keepdim=True)).sqrt() + 1e-30)
         else:
@@ -56,7 +74,7 @@ def shared(inputs: ScoreInputs) -> Scores:
 
 def small_first(inputs: ScoreInputs) -> Scores:
     """Return the mean gradient over the weight's size (GaLLoP, 2025)."""
-    g = inputs.compute("gradient").scores
+    g = known(inputs, "gradient")
     return {
         name: g[name] / (w.detach().abs() + 1e-3 * w.detach().abs().mean()) for name, w in inputs.parameters.items()
     }
@@ -66,7 +84,7 @@ def drawn(inputs: ScoreInputs) -> Scores:
     """Return a random draw with chances in proportion to the fourth root of the Fisher information (Gumbel top-k)."""
     generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 31))
     found = {}
-    for name, f in inputs.compute("fisher").scores.items():
+    for name, f in known(inputs, "fisher").items():
         uniform = torch.rand(f.shape, generator=generator).clamp_(1e-12, 1 - 1e-7)
         found[name] = 0.25 * (f + 1e-38).log() - (-uniform.log()).log()
     return found
@@ -102,6 +120,8 @@ def small(inputs: ScoreInputs) -> Scores:
     return {name: -w.detach().abs().float() for name, w in inputs.parameters.items()}
 
 
+register_score("known fisher", lambda inputs: known(inputs, "fisher"))
+register_score("known gradient", lambda inputs: known(inputs, "gradient"))
 register_score("relative", relative)
 register_score("saliency", saliency)
 register_score("balanced", balanced)

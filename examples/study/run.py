@@ -77,7 +77,6 @@ def execute(job: Job) -> dict[str, Any]:
         "accuracy": round(sum(a == b for a, b in pairs) / len(outcome.labels), 5),
         "trained": outcome.trained,
         "loss": round(outcome.loss, 5),
-        "selection_seconds": round(outcome.selection_seconds, 2),
         "seconds": round(outcome.seconds, 2),
         "predictions": digits(outcome.predictions),
         "labels": digits(outcome.labels),

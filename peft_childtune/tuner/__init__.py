@@ -3,7 +3,8 @@
 from .base_check import verify_base
 from .callback import ChildTuningCallback
 from .config import ChildTuningConfig
-from .inspection import get_child_network, get_deltas, selection_report
+from .diagnosis import SelectionDiagnosis, diagnose_selection, selection_report
+from .inspection import get_child_network, get_deltas
 from .layer import ChildTuningLayer
 from .memory import MemoryEstimate, estimate_memory
 from .model import ChildTuningModel
@@ -16,6 +17,8 @@ __all__ = [
     "ChildTuningLayer",
     "ChildTuningModel",
     "MemoryEstimate",
+    "SelectionDiagnosis",
+    "diagnose_selection",
     "estimate_memory",
     "get_child_network",
     "get_deltas",

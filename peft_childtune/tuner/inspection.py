@@ -1,9 +1,7 @@
-"""Asking a model for its child: the positions, what was learnt at them, and how they spread."""
+"""Asking a model for its child: the positions, and what was learnt at them."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,12 +12,11 @@ from ..network import ChildNetwork
 from ..ranks import unwrapped
 from ..sparse import SparseDelta, TensorChild
 from .config import ChildTuningConfig
-from .gathered import shape_of
 from .install import covered_tensors, grids_of
 from .sharding import refuse_sharded
 from .targets import block_names, block_of
 
-__all__ = ["config_of", "get_child_network", "get_deltas", "groups_of", "selection_report"]
+__all__ = ["config_of", "get_child_network", "get_deltas", "groups_of"]
 
 
 def config_of(model: nn.Module, adapter_name: str) -> ChildTuningConfig:
@@ -82,40 +79,3 @@ def get_deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, Spa
     return {
         name: layer.delta(adapter_name, parameter) for name, layer, parameter in covered_tensors(model, adapter_name)
     }
-
-
-def selection_report(model: nn.Module, adapter_name: str = "default") -> str:
-    """Return a few lines of text: how much of the model is covered, and how the child spreads over blocks and tensors.
-
-    Raises:
-        SelectionError: there is no such adapter, or no child yet.
-    """
-    network = get_child_network(model, adapter_name)
-    model = unwrapped(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    total = sum(
-        math.prod(shape_of(p))
-        for name, p in base.named_parameters()
-        if ".child_tuning_" not in name and ".modules_to_save." not in name
-    )
-    lines = [
-        f"Child network: {network.nnz:,} of {network.numel:,} covered weights ({network.density:.3%}); "
-        f"{network.numel / total:.1%} of the model's {total:,} weights are covered."
-    ]
-    by_block: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    by_kind: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    groups = groups_of(model, network.children)
-    for name, child in network.children.items():
-        block = groups[name]
-        kind = name.removeprefix(f"{block}.") if block else name
-        for table, key in ((by_block, block or "outside blocks"), (by_kind, kind)):
-            table[key][0] += child.nnz
-            table[key][1] += child.grid.numel
-    for title, table in (("block", by_block), ("tensor", by_kind)):
-        width = max(map(len, table))
-        lines.append(f"{title:<{width}}  share of child  density")
-        lines += [
-            f"{key:<{width}}  {kept / max(1, network.nnz):>14.1%}  {kept / numel:>7.2%}"
-            for key, (kept, numel) in table.items()
-        ]
-    return "\n".join(lines)

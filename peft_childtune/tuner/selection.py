@@ -19,7 +19,8 @@ from ..scores import ScoreInputs, compute_scores
 from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
 from ..weights import sampled_digest
 from .config import ChildTuningConfig
-from .inspection import config_of, groups_of, selection_report
+from .diagnosis import selection_report, warnings_of
+from .inspection import config_of, groups_of
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
 from .offload import onloaded, out_of_reach
 from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
@@ -221,7 +222,12 @@ def select_child_network(
     watch_optimizers(model, deltas, adapter_name)
     config.selection = {"torch_seed": torch.initial_seed(), **how, "digest": chosen.digest()}
     if is_first_rank():
-        logger.info("%s", selection_report(model, adapter_name))
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%s", selection_report(model, adapter_name))
+        if config.needs_data and network is None:
+            sizes = {name: (child.nnz, child.grid.numel) for name, child in chosen.children.items()}
+            for warning in warnings_of(sizes):
+                warnings.warn(warning, stacklevel=2)
     return chosen
 
 
