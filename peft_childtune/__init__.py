@@ -37,6 +37,7 @@ from .tuner import (
     get_deltas,
     select_child_network,
     selection_report,
+    suggest_learning_rate,
     verify_base,
 )
 from .verification import skip_verification
@@ -70,6 +71,7 @@ __all__ = [
     "select_child_network",
     "selection_report",
     "skip_verification",
+    "suggest_learning_rate",
     "verify_base",
 ]
 __version__ = "0.1.0"

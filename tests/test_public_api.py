@@ -46,6 +46,7 @@ def test_the_public_names_are_the_documented_ones():
         "select_child_network",
         "selection_report",
         "skip_verification",
+        "suggest_learning_rate",
         "verify_base",
     ]
 

@@ -6,6 +6,7 @@ from .config import ChildTuningConfig
 from .diagnosis import SelectionDiagnosis, diagnose_selection, selection_report
 from .inspection import get_child_network, get_deltas
 from .layer import ChildTuningLayer
+from .learning_rate import suggest_learning_rate
 from .memory import MemoryEstimate, estimate_memory
 from .model import ChildTuningModel
 from .registration import register
@@ -24,6 +25,7 @@ __all__ = [
     "get_deltas",
     "select_child_network",
     "selection_report",
+    "suggest_learning_rate",
     "verify_base",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from ..network import ChildNetwork
 from ..ranks import unwrapped
 from ..sparse import TensorChild
 from .gathered import shape_of
-from .inspection import get_child_network, groups_of
+from .inspection import config_of, get_child_network, groups_of
+from .install import grids_of
 
 __all__ = ["SelectionDiagnosis", "diagnose_selection", "selection_report", "warnings_of"]
 
@@ -126,16 +127,21 @@ def diagnose_selection(model: nn.Module, adapter_name: str = "default") -> Selec
         for name, p in base.named_parameters()
         if ".child_tuning_" not in name and ".modules_to_save." not in name
     )
-    return diagnosis_of(network, groups=groups_of(model, network.children), total=total)
+    grids = grids_of(model, adapter_name, config_of(model, adapter_name))
+    transposed = {name for name, grid in grids.items() if grid.transposed}
+    return diagnosis_of(network, groups=groups_of(model, network.children), total=total, transposed=transposed)
 
 
-def diagnosis_of(network: ChildNetwork, *, groups: Mapping[str, str], total: int) -> SelectionDiagnosis:
+def diagnosis_of(
+    network: ChildNetwork, *, groups: Mapping[str, str], total: int, transposed: Container[str] = ()
+) -> SelectionDiagnosis:
     """Return the diagnosis of a child network.
 
     Args:
         network: it.
         groups: the block of each tensor, empty outside of blocks.
         total: weights of the model.
+        transposed: the tensors whose rows are inputs, as in GPT-2's `Conv1D`.
     """
     blocks: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -149,7 +155,7 @@ def diagnosis_of(network: ChildNetwork, *, groups: Mapping[str, str], total: int
             table[key][0] += count
             table[key][1] += child.grid.numel
         if len(child.grid.shape) > 1:
-            for side, per_line in zip(counts, _per_line(child), strict=True):
+            for side, per_line in zip(counts, _per_line(child, transposed=name in transposed), strict=True):
                 counts[side].append(per_line)
     return SelectionDiagnosis(
         nnz=sum(kept for kept, _ in tensors.values()),
@@ -171,13 +177,13 @@ def selection_report(model: nn.Module, adapter_name: str = "default") -> str:
     return str(diagnose_selection(model, adapter_name))
 
 
-def _per_line(child: TensorChild) -> tuple[Tensor, Tensor]:
+def _per_line(child: TensorChild, *, transposed: bool) -> tuple[Tensor, Tensor]:
     """Return how many entries each row and each column of a weight, read as a matrix, keeps; rows are outputs."""
     height, width = child.grid.matrix_shape
     positions = child.indices()
     outer = torch.bincount(positions // width, minlength=height)
     inner = torch.bincount(positions % width, minlength=width)
-    return (inner, outer) if child.grid.transposed else (outer, inner)
+    return (inner, outer) if transposed else (outer, inner)
 
 
 def _share_of_half(counts: list[Tensor]) -> float:

@@ -22,6 +22,7 @@ from .config import ChildTuningConfig
 from .diagnosis import selection_report, warnings_of
 from .inspection import config_of, groups_of
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
+from .learning_rate import gradient_share
 from .offload import onloaded, out_of_reach
 from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
 from .shards import without_repeats
@@ -207,6 +208,8 @@ def select_child_network(
             how = {"source": config.score}
             if result.num_batches:
                 how |= {"examples": result.num_examples, "loss": result.loss}
+            if (share := gradient_share(result.scores, children, score=config.score)) is not None:
+                how["gradient_share"] = share
             del result  # the scores, as large as the covered weights in fp32
         # from an accelerator, where the scores were, to where all else of a child network is kept
         children = {name: _on_cpu(child) for name, child in children.items()}

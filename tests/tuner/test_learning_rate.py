@@ -1,0 +1,75 @@
+"""The share of the gradient that a child holds, and the learning rate that follows from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from peft_childtune import (
+    ChildTuningConfig,
+    ConfigError,
+    SelectionError,
+    select_child_network,
+    suggest_learning_rate,
+)
+
+
+def _selected(**options):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), ChildTuningConfig(target_modules=["0", "1"], **options)
+    )
+    batch = (torch.randn(1, 6), torch.tensor([1]))
+    loss = {"loss_fn": lambda m, b: F.cross_entropy(m(b[0]), b[1]), "show_progress": False}
+    child = select_child_network(model, [batch] if model.peft_config["default"].needs_data else None, **loss)
+    return model, child, batch
+
+
+@pytest.mark.parametrize("score", ["fisher", "fisher_batch", "gradient"])
+def test_the_share_is_that_of_the_gradients_absolute_values(score):
+    model, child, batch = _selected(score=score, density=0.2)
+    base = model.get_base_model()
+    grads = {}
+    for layer in (base[0], base[1]):
+        layer.base_layer.requires_grad_(True)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    for place in ("0", "1"):
+        for name, p in base[int(place)].base_layer.named_parameters():
+            grads[f"{place}.{name}"] = p.grad.abs().flatten()
+    kept = sum(float(grads[name][at].sum()) for name, at in child.indices.items())
+    share = kept / sum(float(g.sum()) for g in grads.values())
+    config = model.peft_config["default"]
+    assert config.selection["gradient_share"] == pytest.approx(share, rel=1e-4)
+    assert share > 0.2
+    assert suggest_learning_rate(config, full=2e-4) == pytest.approx(2e-4 / share, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"score": "random"}, {"score": "magnitude"}, {"mode": "task_free"}])
+def test_a_child_that_was_chosen_without_gradients_is_taken_to_hold_its_density_of_them(options):
+    model, _, _ = _selected(density=0.25, **options)
+    assert suggest_learning_rate(model.peft_config["default"]) == pytest.approx(4e-4)
+
+
+def test_a_mask_that_is_drawn_at_each_step_takes_the_rate_of_full_fine_tuning():
+    assert suggest_learning_rate(ChildTuningConfig(mode="task_free", resample=True, density=0.1)) == 1e-4
+
+
+def test_a_child_that_is_not_chosen_yet_is_refused():
+    with pytest.raises(SelectionError, match="select_child_network first"):
+        suggest_learning_rate(ChildTuningConfig(density=0.1))
+
+
+@pytest.mark.parametrize("full", [0, -1e-4, float("nan")])
+def test_a_rate_of_full_fine_tuning_that_is_none_is_refused(full):
+    with pytest.raises(ConfigError, match="full="):
+        suggest_learning_rate(ChildTuningConfig(score="random"), full=full)
+
+
+def test_a_loaded_adapter_still_tells_its_share(tmp_path):
+    model, _, _ = _selected(score="fisher", density=0.2)
+    model.save_pretrained(tmp_path)
+    found = ChildTuningConfig.from_pretrained(tmp_path)
+    assert suggest_learning_rate(found) == suggest_learning_rate(model.peft_config["default"])
