@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from table import Row, readme_block
-
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from marked import insert  # noqa: E402
+from table import Row, readme_block  # noqa: E402
+
 README = HERE.parents[1] / "README.md"
 SCRIPTS = ("codec", "selection", "file_size", "step", "memory", "switch", "inference")
 ON_GPU = ("step", "memory", "switch", "inference")  # the others have nothing to do there
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def run(script: str, *flags: str) -> None:
@@ -38,22 +40,6 @@ def run(script: str, *flags: str) -> None:
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the content of every result file by its name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def insert(text: str, block: str) -> str:
-    """Return the text with the block between its two markers, in place of what is there.
-
-    Raises:
-        ValueError: a marker is absent, is there twice, or they are in the wrong order.
-    """
-    for marker in (BEGIN, END):
-        if text.count(marker) != 1:
-            raise ValueError(f"{marker} is there {text.count(marker)} times; put it exactly once where the table goes")
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{END} comes before {BEGIN}; swap them")
-    return f"{before}{BEGIN}\n\n{block.strip()}\n\n{END}{after}"
 
 
 def draw(results: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
@@ -93,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"no result files in {options.results}; measure first, without --plots-only")
     for path in draw(results, options.results):
         print(f"saved {path}")
-    options.readme.write_text(insert(options.readme.read_text(), readme_block(results)))
+    options.readme.write_text(insert(options.readme.read_text(), readme_block(results), name="benchmarks"))
     print(f"wrote the table in {options.readme}")
 
 

@@ -5,7 +5,7 @@
     python examples/study/run.py confirmation                     # with the learning rates that development chose
 
 Each run adds one line to `results/<phase>.jsonl` as it ends, so a run that is broken off goes on where it was. What is
-run is said in `protocol.toml`; `report.py` makes the tables.
+run is said in `protocol.toml`; `summary.py` makes the tables.
 """
 
 from __future__ import annotations

@@ -164,28 +164,9 @@ def test_two_rows_where_one_was_expected_are_refused():
         table.find([{"method": "full"}, {"method": "full"}], method="full")
 
 
-def test_only_what_is_between_the_markers_is_replaced():
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.insert(text, "new\n") == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("no markers", "is there 0 times"),
-        (report.BEGIN, "benchmarks:end --> is there 0 times"),
-        (report.BEGIN * 2 + report.END, "is there 2 times"),
-        (report.END + report.BEGIN, "comes before"),
-    ],
-)
-def test_a_readme_without_the_two_markers_in_order_is_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        report.insert(text, "new")
-
-
 def test_results_that_are_not_there_do_not_empty_the_readme(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\nold\n{report.END}")
+    readme.write_text("<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->")
     with pytest.raises(SystemExit, match="no result files"):
         report.main(["--plots-only", "--results", str(tmp_path), "--readme", str(readme)])
     assert "old" in readme.read_text()
@@ -230,7 +211,7 @@ def test_plots_and_table_are_made_from_the_saved_results(results, tmp_path):
         if not (results / f"{saved[0]}.json").exists():  # this test was run alone
             script(name, "--quick", "--save", "--results", results)
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\nend\n")
+    readme.write_text("# Title\n<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\nend\n")
     report.main(["--plots-only", "--results", str(results), "--readme", str(readme)])
     plots = {path.stem: path.read_bytes() for path in results.glob("*.png")}
     assert set(plots) == {"step", "memory", "inference", "file_size"}

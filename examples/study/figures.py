@@ -1,0 +1,54 @@
+"""The study's plots."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from matplotlib.figure import Figure
+
+
+class _Interval(Protocol):
+    mean: float
+    low: float
+    high: float
+
+
+def draw_differences(differences: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """Draw one line a method: its difference and the interval."""
+    figure = Figure(figsize=(7, 0.28 * len(differences) + 1.2), layout="constrained")
+    ax = figure.subplots()
+    places = range(len(differences))
+    means = [each.mean for each in differences.values()]
+    errors = [
+        [each.mean - each.low for each in differences.values()],
+        [each.high - each.mean for each in differences.values()],
+    ]
+    ax.errorbar(means, places, xerr=errors, fmt="o", capsize=3)
+    ax.axvline(0, color="0.5", linewidth=1)
+    ax.set_yticks(places, list(differences))
+    ax.invert_yaxis()
+    ax.set_xlabel("points of accuracy, mean over tasks, 95 % interval")
+    ax.set_title(title)
+    figure.savefig(path, dpi=110)
+
+
+def draw_rates(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw accuracy over the learning rate, one curve a method that was run at more than one."""
+    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        found[line["method"]][line["learning_rate"]].append(100 * line["accuracy"])
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    ax = figure.subplots()
+    for number, (method, rates) in enumerate(sorted(found.items())):
+        if len(rates) > 1:
+            points = sorted((rate, sum(a) / len(a)) for rate, a in rates.items())
+            style = ("-", "--", ":")[number // 10 % 3]
+            ax.plot(*zip(*points, strict=True), marker="o", linestyle=style, label=method)
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("accuracy, mean over the development tasks")
+    ax.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)

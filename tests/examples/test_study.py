@@ -1,0 +1,139 @@
+"""The study: what it runs, how it chooses learning rates, and its differences and intervals."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parents[2] / "examples" / "study"
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"study_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def study():
+    """Return the study's modules, which import each other by their bare names."""
+    sys.path.insert(0, str(HERE))
+    before = set(sys.modules)
+    try:
+        yield {name: _load(name) for name in ("protocol", "summary", "run")}
+    finally:
+        sys.path.remove(str(HERE))
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(HERE)):
+                del sys.modules[name]
+
+
+def _line(method="a", task="t", seed=0, rate=1e-3, predictions="0101", labels="0101"):
+    right = sum(p == q for p, q in zip(predictions, labels, strict=True))
+    line = {"method": method, "task": task, "seed": seed, "learning_rate": rate, "bf16": True, "phase": "development"}
+    return line | {"accuracy": right / len(labels), "predictions": predictions, "labels": labels}
+
+
+def test_development_and_confirmation_share_no_task_and_are_large_enough(study):
+    phases = study["protocol"].read_protocol().phases
+    development, confirmation = phases["development"], phases["confirmation"]
+    assert not set(development.tasks) & set(confirmation.tasks)
+    assert not set(development.seeds) & set(confirmation.seeds)
+    assert len(development.tasks) >= 4 and len(confirmation.tasks) >= 3 and len(confirmation.seeds) >= 5
+
+
+def test_every_method_of_the_protocol_can_be_built(study):
+    protocol = study["protocol"].read_protocol()
+    from peft_childtune import ChildTuningConfig
+
+    for name, method in protocol.methods.items():
+        assert protocol.grids[name], name
+        if method.kind == "child":
+            ChildTuningConfig(**method.options)
+
+
+def test_a_misspelt_entry_of_the_protocol_is_refused(study, tmp_path):
+    text = study["protocol"].FILE.read_text() + "\n[methods.wrong]\nfits_haed = true\n"
+    (tmp_path / "protocol.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"methods\.wrong: 'fits_haed'"):
+        study["protocol"].read_protocol(tmp_path / "protocol.toml")
+
+
+def test_the_best_rate_is_that_of_the_highest_mean_over_tasks_not_over_runs(study):
+    lines = [_line(task="easy", rate=1e-3, seed=s) for s in range(9)]
+    lines += [_line(task="hard", rate=1e-3, predictions="1010")]
+    lines += [_line(task="easy", rate=1e-2, predictions="0111"), _line(task="hard", rate=1e-2, predictions="0111")]
+    assert study["protocol"].best_rates(lines) == {"a": 1e-2}
+
+
+def test_confirmation_runs_at_the_best_rate_and_waits_for_methods_without_one(study):
+    protocol = study["protocol"].read_protocol()
+    lines = [_line(method="full", rate=3e-5), _line(method="full", rate=1e-4, predictions="0000")]
+    assert protocol.rates("confirmation", development=lines) == {"full": [3e-5]}
+
+
+def test_runs_that_are_done_are_not_done_again(study, tmp_path, monkeypatch, capsys):
+    run = study["run"]
+    protocol = study["protocol"].read_protocol()
+    jobs = list(run.jobs_of(protocol, "development", methods=["full"], rates=dict(protocol.grids)))
+    lines = [{**{key: getattr(job, key) for key in type(job).__annotations__}, "accuracy": 1.0} for job in jobs]
+    (tmp_path / "development.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.main(["development", "--methods", "full", "--results", str(tmp_path)])
+    assert f"{len(jobs)} runs done, 0 to do" in capsys.readouterr().out
+
+
+def test_a_difference_is_paired_by_task_and_seed_and_counts_points(study):
+    a = {("t", 0): _line(predictions="0101"), ("t", 1): _line(predictions="0100"), ("u", 0): _line()}
+    b = {("t", 0): _line(predictions="0001"), ("t", 1): _line(predictions="0001")}
+    found = study["summary"].difference(a, b)
+    assert found.mean == 12.5  # one row of four, and none
+    assert found.low <= found.mean <= found.high
+    assert study["summary"].difference(a, {}) is None
+
+
+def test_equal_methods_differ_by_nothing_however_rows_and_seeds_are_drawn(study):
+    runs = {("t", seed): _line(predictions="0011") for seed in range(3)}
+    assert str(study["summary"].difference(runs, runs)) == "+0.0 [+0.0, +0.0]"
+
+
+def test_the_interval_covers_the_true_difference_about_as_often_as_it_says(study):
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        labels = "0" * 300
+        runs = []
+        for chance in (0.80, 0.75):
+            right = rng.random((6, 300)) < chance
+            runs.append(
+                {
+                    ("t", s): _line(predictions="".join("01"[not r] for r in row), labels=labels)
+                    for s, row in enumerate(right)
+                }
+            )
+        found = study["summary"].difference(*runs, resamples=200)
+        covered += found.low <= 5.0 <= found.high
+    assert covered >= 90  # of 100; rows and seeds are both drawn again, which is on the safe side
+
+
+def test_a_run_that_says_the_most_frequent_label_has_failed(study):
+    labels = "0" * 60 + "1" * 40
+    runs = {("t", 0): _line(predictions="0" * 100, labels=labels), ("t", 1): _line(predictions=labels, labels=labels)}
+    assert study["summary"].failures(runs) == 1
+
+
+def test_the_table_has_a_row_for_each_method_that_has_run_on_all_tasks(study):
+    def runs(predictions):
+        return {(task, seed): _line(task=task, predictions=predictions) for task in "tu" for seed in (0, 1)}
+
+    methods = {"full": runs("0101"), "random-2": runs("0100"), "half": {("t", 0): _line()}}
+    rows = study["summary"].table(methods, tasks=["t", "u"], order=["half", "full", "random-2"]).splitlines()[2:]
+    assert len(rows) == 2
+    assert rows[0].split(" | ")[0] == "| `full`" and "+25.0 [" in rows[0]
+    assert rows[1].split(" | ")[-1] == "-25.0 [-62.5, +0.0] |" or rows[1].split(" | ")[-1].startswith("-25.0 [")
