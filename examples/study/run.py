@@ -76,7 +76,7 @@ def execute(job: Job) -> dict[str, Any]:
         **asdict(job),
         "accuracy": round(sum(a == b for a, b in pairs) / len(outcome.labels), 5),
         "trained": outcome.trained,
-        "loss": round(outcome.loss, 5),
+        "loss": None if outcome.loss is None else round(outcome.loss, 5),
         "seconds": round(outcome.seconds, 2),
         "predictions": digits(outcome.predictions),
         "labels": digits(outcome.labels),

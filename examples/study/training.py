@@ -12,12 +12,17 @@ from typing import Any
 
 import assets
 import candidates
+import numpy as np
 import torch
 from data import tokenize
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tasks import load
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -39,8 +44,8 @@ class Method:
     """How a model is fine-tuned.
 
     Attributes:
-        kind: `child`, `full` (every weight), `head` (nothing but the head and the pooler), or a peer in PEFT: `lora`,
-            `shira`, `supertuning`.
+        kind: `child`, `full` (every weight), `probe` (logistic regression on frozen features), or a peer in PEFT:
+            `lora`, `shira`, `supertuning`.
         options: of the child's configuration, or of the peer's.
         weight_decay: AdamW's; of a child it pulls towards the pretrained weights.
         fits_head: whether the head is fitted on the frozen base first, before anything is scored.
@@ -60,7 +65,7 @@ class Outcome:
     labels: list[int]
     trained: int
     seconds: float  # of training
-    loss: float  # mean of the last epoch
+    loss: float | None  # mean of the last epoch
 
 
 def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: bool, epochs: int = EPOCHS) -> Outcome:
@@ -69,13 +74,16 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
     Args:
         method: how.
         task: one of `tasks.TASKS`.
-        learning_rate: the highest; it rises over the first tenth of the steps and falls linearly to zero.
+        learning_rate: the highest; it rises over the first tenth of the steps and falls linearly to zero. Of a probe,
+            the inverse strength C of its regularisation.
         seed: of the training rows, the head, the batches, dropout and whatever the method draws.
         bf16: whether to compute in bf16 (autocast); weights and optimizer stay in fp32.
         epochs: over the training rows.
     """
     train, test, num_labels = _data(task, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if method.kind == "probe":
+        return _probe(train, test, strength=learning_rate, device=device)
     set_seed(seed)
     model = _base(num_labels).to(device)
     if bf16:  # around each forward: one context for all of them would keep the first step's weights in bf16
@@ -129,10 +137,6 @@ def _wrapped(model: nn.Module, method: Method, batches: list[Batch], seed: int) 
     if method.kind == "full":
         return model
     options = dict(method.options)
-    if method.kind == "head":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = name.startswith("classifier.") or ".pooler." in name
-        return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if method.kind != "child":
@@ -212,6 +216,30 @@ def _predict(model: nn.Module, records: Sequence[Record], device: str) -> list[i
         for place, label in zip(places, model(**batch).logits.argmax(-1).tolist(), strict=True):
             found[place] = label
     return found
+
+
+def _probe(train: list[Record], test: list[Record], *, strength: float, device: str) -> Outcome:
+    encoder = AutoModel.from_pretrained(assets.encoder_dir()).to(device).eval()
+    start = time.perf_counter()
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+    probe.fit(_features(encoder, train, device), [record["labels"] for record in train])
+    predictions = probe.predict(_features(encoder, test, device)).tolist()
+    weights = probe[-1].coef_.size + probe[-1].intercept_.size
+    labels = [record["labels"] for record in test]
+    return Outcome(predictions, labels, weights, time.perf_counter() - start, None)
+
+
+@torch.no_grad()
+def _features(encoder: nn.Module, records: Sequence[Record], device: str) -> np.ndarray:
+    """Return the mean of the last hidden states over each text's own tokens, `(rows, width)`, in the rows' order."""
+    found = []
+    collate = DataCollatorWithPadding(_tokenizer())
+    for places in _chunks(range(len(records)), 32):
+        batch = collate([records[place] for place in places]).to(device)
+        mask = batch["attention_mask"].unsqueeze(-1)
+        hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        found.append(((hidden * mask).sum(1) / mask.sum(1)).float().cpu())
+    return torch.cat(found).numpy()
 
 
 def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
