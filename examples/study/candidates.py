@@ -90,29 +90,16 @@ def drawn(inputs: ScoreInputs) -> Scores:
     return found
 
 
-def movement(inputs: ScoreInputs, *, epochs: int = 1, learning_rate: float = 1e-4) -> Scores:
-    """Return how far each weight moves in a short dense training, which is taken back (LT-SFT, Ansell et al. 2022)."""
-    heads = [p for name, p in inputs.model.named_parameters() if ".modules_to_save." in name]
-    moved = [*inputs.parameters.values(), *heads]
-    before = [p.detach().clone() for p in moved]
-    for p in moved:
-        p.requires_grad = True
-    inputs.model.train()
-    optimizer = torch.optim.AdamW(moved, lr=learning_rate, weight_decay=0.0)
-    batches = list(inputs.dataloader or ())
-    try:
-        for _ in range(epochs):
-            for place in torch.randperm(len(batches)).tolist():
-                inputs.model(**batches[place]).loss.backward()
-                torch.nn.utils.clip_grad_norm_(moved, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        pairs = zip(inputs.parameters.items(), before, strict=False)  # the heads come last
-        return {name: (p.detach() - old).abs() for (name, p), old in pairs}
-    finally:
-        for p, old in zip(moved, before, strict=True):
-            p.data.copy_(old)
-            p.grad = None
+def consistent(inputs: ScoreInputs) -> Scores:
+    """Return the mean gradient over the root mean square of batch gradients: AdamW's own step, summed up in place."""
+    mean, square = known(inputs, "gradient"), known(inputs, "fisher_batch")
+    return {name: g / (square[name].sqrt() + 1e-12) for name, g in mean.items()}
+
+
+def steady(inputs: ScoreInputs) -> Scores:
+    """Return the mean gradient over the fourth root of batch Fisher information: size and consistency."""
+    mean, square = known(inputs, "gradient"), known(inputs, "fisher_batch")
+    return {name: g / (square[name].pow(0.25) + 1e-12) for name, g in mean.items()}
 
 
 def small(inputs: ScoreInputs) -> Scores:
@@ -128,5 +115,6 @@ register_score("balanced", balanced)
 register_score("shared", shared)
 register_score("small_first", small_first)
 register_score("drawn", drawn)
-register_score("movement", movement)
+register_score("consistent", consistent)
+register_score("steady", steady)
 register_score("small", small, needs_data=False)

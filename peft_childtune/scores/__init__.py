@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from peft_childtune.scores.batch import batch_size, examples
+from peft_childtune.scores.inputs import ScoreInputs
+from peft_childtune.scores.movement import movement_scores
 from peft_childtune.scores.registry import (
     ScoreFunction,
-    ScoreInputs,
     compute_scores,
     is_score,
     register_score,
@@ -25,6 +26,7 @@ __all__ = [
     "examples",
     "is_score",
     "magnitude_scores",
+    "movement_scores",
     "register_score",
     "score_names",
     "score_parameters",

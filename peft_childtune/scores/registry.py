@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_childtune.errors import ConfigError, ScoreError
+from peft_childtune.scores.inputs import ScoreInputs
+from peft_childtune.scores.movement import movement_scores
 from peft_childtune.scores.preserve import preserved
-from peft_childtune.scores.result import ScoreResult, magnitude_scores
-from peft_childtune.scores.score import DATA_SCORES, score_parameters
+from peft_childtune.scores.result import ScoreResult
+from peft_childtune.scores.score import DATA_SCORES
 
-__all__ = ["ScoreFunction", "ScoreInputs", "compute_scores", "is_score", "register_score", "score_names", "sees_data"]
-
-
-@dataclass(frozen=True)
-class ScoreInputs:
-    """What a score is computed from.
-
-    Attributes:
-        model: in eval mode, no parameter trainable, every adapter off. What a score changes, it puts back; modes,
-            `requires_grad` and the random state are put back for it.
-        parameters: the covered base parameters, by the base model's own names.
-        dataloader: as given to `select_child_network`, in each process its own; None for a score without data.
-        num_batches: read at most so many batches; None for all.
-        loss_fn: takes the model and a batch, returns a scalar; None for `model(**batch).loss`.
-        scores_device: where to keep scores; None for beside each parameter.
-        show_progress: whether to show a progress bar.
-    """
-
-    model: nn.Module
-    parameters: Mapping[str, nn.Parameter]
-    dataloader: Iterable[Any] | None = None
-    num_batches: int | None = None
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
-    scores_device: torch.device | str | None = None
-    show_progress: bool = True
-
-    def compute(self, score: str) -> ScoreResult:
-        """Return a built-in score of the same parameters on the same data, to build upon."""
-        if score == "magnitude":
-            return ScoreResult(magnitude_scores(self.parameters), num_examples=0, num_batches=0, loss=float("nan"))
-        if self.dataloader is None:
-            raise ScoreError(f"score={score!r} looks at data; register what uses it with `needs_data=True`.")
-        return score_parameters(
-            self.model,
-            self.parameters,
-            self.dataloader,
-            score=score,
-            num_batches=self.num_batches,
-            loss_fn=self.loss_fn,
-            scores_device=self.scores_device,
-            show_progress=self.show_progress,
-        )
+__all__ = ["ScoreFunction", "compute_scores", "is_score", "register_score", "score_names", "sees_data"]
 
 
 ScoreFunction = Callable[[ScoreInputs], Mapping[str, Tensor]]
@@ -67,7 +26,7 @@ class _Registered:
     needs_data: bool
 
 
-_BUILT_IN = (*sorted(DATA_SCORES), "magnitude", "random")
+_BUILT_IN = (*sorted(DATA_SCORES), "movement", "magnitude", "random")
 _registered: dict[str, _Registered] = {}
 
 
@@ -121,7 +80,7 @@ def is_score(name: object) -> bool:
 
 def sees_data(name: str) -> bool:
     """Return whether a score looks at data; False for one that is not known here, as in a loaded configuration."""
-    return name in DATA_SCORES or (name in _registered and _registered[name].needs_data)
+    return name in (*DATA_SCORES, "movement") or (name in _registered and _registered[name].needs_data)
 
 
 def compute_scores(name: str, inputs: ScoreInputs) -> ScoreResult:
@@ -131,10 +90,12 @@ def compute_scores(name: str, inputs: ScoreInputs) -> ScoreResult:
         ScoreError: a registered function has returned other names, shapes or types than it should, or NaN; or a score
             of data has failed, see `score_parameters`.
     """
-    if name not in _registered:
+    if name not in _registered and name != "movement":
         return inputs.compute(name)
     home = next(iter(inputs.parameters.values())).device
     with preserved(inputs.model, home):
+        if name == "movement":
+            return movement_scores(inputs)
         found = _registered[name].function(inputs)
     return ScoreResult(_checked(name, found, inputs.parameters), num_examples=0, num_batches=0, loss=float("nan"))
 

@@ -43,7 +43,8 @@ class ChildTuningConfig(PeftConfig):
             The kept fraction of the covered weights, in (0, 1].
         score (`str`, *optional*, defaults to `fisher`):
             What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher
-            information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need data: call
+            information), `fisher_batch` (the authors' estimate from batch gradients), `gradient` and `movement` (how
+            far it moves in a short dense training, which is taken back) need data: call
             `select_child_network(model, dataloader)`. `magnitude` and `random` need none. Or the name of a score of
             your own, see `register_score`.
         scope (`str`, *optional*, defaults to `global`):
@@ -116,8 +117,9 @@ class ChildTuningConfig(PeftConfig):
         metadata={
             "help": (
                 "What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher "
-                "information), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need "
-                "data: call `select_child_network(model, dataloader)`. `magnitude` and `random` need none. Or the "
+                "information), `fisher_batch` (the authors' estimate from batch gradients), `gradient` and `movement` "
+                "(how far it moves in a short dense training, which is taken back) need data: call "
+                "`select_child_network(model, dataloader)`. `magnitude` and `random` need none. Or the "
                 "name of a score of your own, see `register_score`."
             )
         },

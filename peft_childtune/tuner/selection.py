@@ -45,6 +45,11 @@ def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     return found
 
 
+def _heads(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained whole: fresh heads in `modules_to_save`."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in f".{name}"}
+
+
 def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> dict[str, TensorChild]:
     """Return the child that a configuration asks for where no data is needed: random, resampled or by magnitude."""
     grids = grids_of(model, adapter_name, config)
@@ -191,7 +196,8 @@ def select_child_network(
                 inputs = ScoreInputs(
                     unwrapped(model),
                     _parameters(model, adapter_name),
-                    without_repeats(dataloader),
+                    heads=_heads(model),
+                    dataloader=without_repeats(dataloader),
                     num_batches=num_batches,
                     loss_fn=loss_fn,
                     scores_device=scores_device,

@@ -1,0 +1,59 @@
+"""What a score is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_childtune.errors import ScoreError
+from peft_childtune.scores.result import ScoreResult, magnitude_scores
+from peft_childtune.scores.score import score_parameters
+
+__all__ = ["ScoreInputs"]
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a score is computed from.
+
+    Attributes:
+        model: in eval mode, no parameter trainable, every adapter off. What a score changes, it puts back; modes,
+            `requires_grad` and the random state are put back for it.
+        parameters: the covered base parameters, by the base model's own names.
+        heads: what is trained whole beside the child, by name: a fresh head.
+        dataloader: as given to `select_child_network`, in each process its own; None for a score without data.
+        num_batches: read at most so many batches; None for all.
+        loss_fn: takes the model and a batch, returns a scalar; None for `model(**batch).loss`.
+        scores_device: where to keep scores; None for beside each parameter.
+        show_progress: whether to show a progress bar.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    heads: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    dataloader: Iterable[Any] | None = None
+    num_batches: int | None = None
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
+    scores_device: torch.device | str | None = None
+    show_progress: bool = True
+
+    def compute(self, score: str) -> ScoreResult:
+        """Return a built-in score of the same parameters on the same data, to build upon."""
+        if score == "magnitude":
+            return ScoreResult(magnitude_scores(self.parameters), num_examples=0, num_batches=0, loss=float("nan"))
+        if self.dataloader is None:
+            raise ScoreError(f"score={score!r} looks at data; register what uses it with `needs_data=True`.")
+        return score_parameters(
+            self.model,
+            self.parameters,
+            self.dataloader,
+            score=score,
+            num_batches=self.num_batches,
+            loss_fn=self.loss_fn,
+            scores_device=self.scores_device,
+            show_progress=self.show_progress,
+        )

@@ -1,0 +1,124 @@
+"""The movement score: what a plain training loop on a copy gives, and nothing is left of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from peft_childtune import ChildTuningConfig, ScoreError, UnsupportedError, select_child_network
+from peft_childtune.scores import ScoreInputs, movement_scores
+
+
+class _Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def _loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _batches(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(4, 6, generator=generator), torch.randint(2, (4,), generator=generator)) for _ in range(count)
+    ]
+
+
+def _inputs(model, **options):
+    covered = {f"body.{name}": p for name, p in model.body.named_parameters()}
+    heads = {f"head.{name}": p for name, p in model.head.named_parameters()}
+    given = {"dataloader": _batches(), "loss_fn": _loss, "show_progress": False}
+    return ScoreInputs(model, covered, **({"heads": heads} | given | options))
+
+
+def _moved(model, *, epochs=1, rate=1e-4, batches=None):
+    """Return how far a plain loop moves the weights of a copy."""
+    twin = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=rate, weight_decay=0.0)
+    for _ in range(epochs):
+        for batch in batches or _batches():
+            optimizer.zero_grad()
+            _loss(twin, batch).backward()
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+            optimizer.step()
+    return {
+        f"body.{name}": (p - old).abs().detach()
+        for (name, p), old in zip(twin.body.named_parameters(), model.body.parameters(), strict=True)
+    }
+
+
+@pytest.mark.parametrize(("epochs", "rate"), [(1, 1e-4), (3, 1e-2)])
+def test_scores_are_what_a_plain_training_loop_moves(epochs, rate):
+    model = _Net()
+    found = movement_scores(_inputs(model), epochs=epochs, learning_rate=rate)
+    for name, expected in _moved(model, epochs=epochs, rate=rate).items():
+        torch.testing.assert_close(found.scores[name], expected, rtol=1e-4, atol=1e-9)  # the order of clipped norms
+    assert (found.num_examples, found.num_batches) == (12 * epochs, 3 * epochs)
+
+
+def test_every_weight_and_gradient_is_what_it_was_bit_for_bit():
+    model = _Net()
+    model.head.weight.grad = torch.ones(2, 4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    movement_scores(_inputs(model))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(model.head.weight.grad, torch.ones(2, 4))
+    assert model.body[0].weight.grad is None
+
+
+def test_a_training_that_breaks_off_is_taken_back_too():
+    model = _Net()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    bad = [*_batches(2), (torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(ScoreError, match="batch 2: the loss is nan"):
+        movement_scores(_inputs(model, dataloader=bad))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_only_so_many_batches_are_read():
+    model = _Net()
+    found = movement_scores(_inputs(model, num_batches=2))
+    for name, expected in _moved(model, batches=_batches()[:2]).items():
+        torch.testing.assert_close(found.scores[name], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_no_data_is_refused():
+    with pytest.raises(ScoreError, match="yields no batch"):
+        movement_scores(_inputs(_Net(), dataloader=[]))
+
+
+def test_half_precision_is_refused_with_a_way_out():
+    model = _Net().to(torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"body\.0\.weight.*bfloat16.*network="):
+        movement_scores(_inputs(model))
+
+
+def test_a_child_is_chosen_by_movement_with_the_head_in_training_and_the_model_as_it_was_after():
+    model = get_peft_model(
+        _Net(),
+        ChildTuningConfig(target_modules=["0", "2"], modules_to_save=["head"], score="movement", density=0.2),
+    ).eval()
+    plain = _Net()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters() if "child_tuning" not in name}
+    child = select_child_network(model, _batches(), loss_fn=_loss, show_progress=False)
+    scores = _moved(plain)
+    top = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values[: child.nnz]
+    kept = torch.cat([scores[name].flatten()[at] for name, at in child.indices.items()]).sort(descending=True).values
+    torch.testing.assert_close(kept, top, rtol=1e-3, atol=1e-8)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], old) for name, old in before.items() if name in after)
+    assert {name: after[name].requires_grad for name in flags} == flags
+    assert not model.training
