@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_childtune import ChildTuningConfig, select_child_network
+from peft_childtune import ChildNetwork, ChildTuningConfig, get_child_network, select_child_network
 
 BATCH, EPOCHS, MAX_LENGTH, WARMUP = 16, 4, 64, 0.1
 Record = dict[str, Any]
@@ -97,6 +97,21 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     labels = [record["labels"] for record in test]
     return Outcome(predictions, labels, trained, seconds, loss)
+
+
+def child_of(
+    method: Method, *, task: str, seed: int
+) -> tuple[nn.Module, dict[str, nn.Parameter], list[Batch], ChildNetwork]:
+    """Return the base that a method's run begins with, what its child covers, the batches, and the child."""
+    train, _, num_labels = _data(task, seed)
+    set_seed(seed)
+    model = _base(num_labels)
+    batches = _batches(train, "cpu")
+    candidates.remember((task, seed, False, method.fits_head))
+    wrapped = _wrapped(model, method, batches, seed)
+    child = get_child_network(wrapped)
+    base = wrapped.unload()  # type: ignore[operator]
+    return base, {name: base.get_parameter(name) for name in child.indices}, batches, child
 
 
 @lru_cache(maxsize=4)
