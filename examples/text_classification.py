@@ -58,7 +58,7 @@ GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
 CHILD_FLAGS: dict[str, dict[str, Any]] = {
     "mode": {"choices": ("task_driven", "task_free")},
     "density": {"type": float},
-    "score": {"choices": ("fisher", "fisher_batch", "gradient", "magnitude", "random")},
+    "score": {"choices": ("fisher", "fisher_batch", "gradient", "movement", "magnitude", "random")},
     "scope": {"choices": ("global", "layer", "tensor", "row")},
     "granularity": {"choices": ("element", "row", "column", "block")},
     "block_size": {"type": int},
