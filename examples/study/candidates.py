@@ -102,6 +102,30 @@ def steady(inputs: ScoreInputs) -> Scores:
     return {name: g / (square[name].pow(0.25) + 1e-12) for name, g in mean.items()}
 
 
+def allotted(inputs: ScoreInputs) -> Scores:
+    """Return a random draw in which a tensor's weights have chances in proportion to its mean root Fisher information.
+
+    Budgets per layer as in GEM (Kang et al. 2025), positions by chance (Efraimidis and Spirakis 2006).
+    """
+    generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 31))
+    fisher = known(inputs, "fisher")
+    weights = {name: float(f.sqrt().mean()) for name, f in fisher.items()}
+    mean = sum(weights.values()) / len(weights)
+    return {
+        name: torch.rand(f.shape, generator=generator, dtype=torch.float64).log() / (weights[name] / mean + 1e-6)
+        for name, f in fisher.items()
+    }
+
+
+def biased(inputs: ScoreInputs) -> Scores:
+    """Return a random draw that takes all biases and norms first (BitFit, Ben Zaken et al. 2022)."""
+    generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 31))
+    return {
+        name: torch.rand(w.shape, generator=generator) + (0.0 if _is_matrix(w) else 1.0)
+        for name, w in inputs.parameters.items()
+    }
+
+
 def small(inputs: ScoreInputs) -> Scores:
     """Return how near to zero each weight is."""
     return {name: -w.detach().abs().float() for name, w in inputs.parameters.items()}
@@ -117,4 +141,6 @@ register_score("small_first", small_first)
 register_score("drawn", drawn)
 register_score("consistent", consistent)
 register_score("steady", steady)
+register_score("allotted", allotted)
+register_score("biased", biased, needs_data=False)
 register_score("small", small, needs_data=False)
