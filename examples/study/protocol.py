@@ -41,7 +41,10 @@ class Protocol:
 
 
 def best_rates(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the learning rate of the highest mean accuracy over tasks, by method; among equals the lowest."""
+    """Return the learning rate of the highest mean accuracy over tasks, by method; among equals the lowest.
+
+    Only those that were run on as many tasks as any other of the method take part: tasks differ in difficulty.
+    """
     found: dict[str, dict[float, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in lines:
         found[line["method"]][line["learning_rate"]][line["task"]].append(line["accuracy"])
@@ -49,7 +52,12 @@ def best_rates(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     def mean(tasks: Mapping[str, list[float]]) -> float:
         return sum(sum(a) / len(a) for a in tasks.values()) / len(tasks)
 
-    return {method: max(sorted(rates), key=lambda rate: mean(rates[rate])) for method, rates in found.items()}
+    best = {}
+    for method, rates in found.items():
+        most = max(map(len, rates.values()))
+        complete = sorted(rate for rate, tasks in rates.items() if len(tasks) == most)
+        best[method] = max(complete, key=lambda rate: mean(rates[rate]))
+    return best
 
 
 def read_protocol(path: Path = FILE) -> Protocol:
