@@ -73,6 +73,11 @@ def test_the_best_rate_is_that_of_the_highest_mean_over_tasks_not_over_runs(stud
     assert study["protocol"].best_rates(lines) == {"a": 1e-2}
 
 
+def test_a_rate_that_ran_on_some_of_the_tasks_only_is_not_compared(study):
+    lines = [_line(task="easy", rate=1e-2), _line(task="easy", rate=1e-3), _line(task="hard", predictions="1010")]
+    assert study["protocol"].best_rates(lines) == {"a": 1e-3}
+
+
 def test_confirmation_runs_at_the_best_rate_and_waits_for_methods_without_one(study):
     protocol = study["protocol"].read_protocol()
     lines = [_line(method="full", rate=3e-5), _line(method="full", rate=1e-4, predictions="0000")]
