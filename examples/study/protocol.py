@@ -16,18 +16,18 @@ FILE = Path(__file__).resolve().with_name("protocol.toml")
 
 @dataclass(frozen=True)
 class Phase:
-    """Tasks and seeds."""
+    """Tasks, seeds and methods, and whether they are computed in bf16."""
 
     tasks: list[str]
     seeds: list[int]
     methods: list[str]
+    bf16: bool
 
 
 @dataclass(frozen=True)
 class Protocol:
     """What the study runs."""
 
-    bf16: bool
     phases: Mapping[str, Phase]
     methods: Mapping[str, Method]
     grids: Mapping[str, list[float]]
@@ -73,7 +73,9 @@ def read_protocol(path: Path = FILE) -> Protocol:
             raise ValueError(f"{path}: methods.{name}: {min(unknown)!r} is none of {', '.join(sorted(known))}.")
         methods[name] = Method(**entry)
     phases = {
-        name: Phase(phase["tasks"], phase["seeds"], phase.get("methods", list(methods)))
+        name: Phase(
+            phase["tasks"], phase["seeds"], phase.get("methods", list(methods)), phase.get("bf16", raw["bf16"])
+        )
         for name, phase in raw["phases"].items()
     }
-    return Protocol(raw["bf16"], phases, methods, grids)
+    return Protocol(phases, methods, grids)

@@ -60,7 +60,7 @@ def jobs_of(protocol: Protocol, phase: str, *, methods: Sequence[str], rates: di
         for task in protocol.phases[phase].tasks:
             for method in methods:
                 for rate in rates[method]:
-                    yield Job(phase, method, task, rate, seed, protocol.bf16)
+                    yield Job(phase, method, task, rate, seed, protocol.phases[phase].bf16)
 
 
 def execute(job: Job) -> dict[str, Any]:

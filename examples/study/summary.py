@@ -44,7 +44,7 @@ def chosen(lines: Sequence[Line], rates: Mapping[str, float]) -> dict[str, Runs]
     """Return the runs of each method at its chosen learning rate."""
     found: dict[str, Runs] = {}
     for line in lines:
-        if rates.get(line["method"]) == line["learning_rate"] and line["bf16"]:
+        if rates.get(line["method"]) == line["learning_rate"]:
             found.setdefault(line["method"], {})[line["task"], line["seed"]] = line
     return found
 
@@ -118,6 +118,19 @@ def table(methods: Mapping[str, Runs], *, tasks: Sequence[str], order: Sequence[
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
 
+def precision_table(fp32: Mapping[str, Runs], bf16: Mapping[str, Runs]) -> str:
+    """Return the Markdown table of the runs that were made in both precisions."""
+    rows = [["method", "task", "fp32", "bf16", "predictions that differ"], ["---", "---", "---:", "---:", "---:"]]
+    for method, runs in fp32.items():
+        for (task, seed), line in sorted(runs.items()):
+            if (twin := bf16.get(method, {}).get((task, seed))) is not None:
+                differ = sum(a != b for a, b in zip(line["predictions"], twin["predictions"], strict=True))
+                share = f"{100 * differ / len(line['predictions']):.1f} %"
+                figures = [f"{100 * each['accuracy']:.1f}" for each in (line, twin)]
+                rows.append([f"`{method}`", task, *figures, share])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the tables and plots."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,7 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = {phase: read_lines(options.results / f"{phase}.jsonl") for phase in protocol.phases}
     rates = best_rates(lines["development"])
     text = options.readme.read_text(encoding="utf-8")
-    for phase, tasks in ((phase, protocol.phases[phase].tasks) for phase in protocol.phases if lines[phase]):
+    for phase in ("development", "confirmation"):
+        tasks = protocol.phases[phase].tasks
+        if not lines[phase]:
+            continue
         methods = chosen(lines[phase], rates)
         text = insert(text, table(methods, tasks=tasks, order=list(protocol.methods)), name=phase)
         differences = {
@@ -137,6 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ordered = {name: differences[name] for name in protocol.methods if differences.get(name)}
         draw_differences(ordered, options.results / f"{phase}.png", title=f"{phase}: points against random-2")
         print(f"{phase}: {len(lines[phase])} runs, {sum(map(len, methods.values()))} at the chosen rates")
+    if lines["precision"]:
+        here, there = chosen(lines["precision"], rates), chosen(lines["development"], rates)
+        text = insert(text, precision_table(here, there), name="fp32")
     draw_rates(lines["development"], options.results / "rates.png")
     options.readme.write_text(text, encoding="utf-8")
     print(f"wrote the tables in {options.readme}")

@@ -133,6 +133,11 @@ def test_a_run_that_says_the_most_frequent_label_has_failed(study):
     assert study["summary"].failures(runs) == 1
 
 
+def test_runs_in_both_precisions_are_put_beside_each_other(study):
+    fp32, bf16 = ({"full": {("t", 0): _line(predictions=said)}} for said in ("0101", "0111"))
+    assert study["summary"].precision_table(fp32, bf16).splitlines()[-1] == "| `full` | t | 100.0 | 75.0 | 25.0 % |"
+
+
 def test_the_table_has_a_row_for_each_method_that_has_run_on_all_tasks(study):
     def runs(predictions):
         return {(task, seed): _line(task=task, predictions=predictions) for task in "tu" for seed in (0, 1)}
