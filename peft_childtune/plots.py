@@ -48,7 +48,7 @@ def plot_child(diagnosis: SelectionDiagnosis, *, ax: Axes | None = None) -> Axes
         block = next((each for each in blocks if name.startswith(f"{each}.")), "outside blocks")
         density[blocks.index(block), kinds.index(name.removeprefix(f"{block}."))] = kept / max(1, numel)
     if ax is None:
-        size = (max(5.0, 0.5 * len(kinds) + 2), max(3.0, 0.3 * len(blocks) + 2))
+        size = (min(40.0, max(5.0, 0.5 * len(kinds) + 2)), min(40.0, max(3.0, 0.3 * len(blocks) + 2)))
         ax = Figure(figsize=size, layout="constrained").subplots()
     smallest = min((d for d in density.flat if d > 0), default=1.0)
     picture = ax.imshow(

@@ -19,7 +19,7 @@ _BELOW = {
     "sparse": set(),
     "codec": {"sparse"},
     "kernels": {"sparse"},
-    "scores": {"ranks", "sparse", "codec", "kernels"},
+    "scores": {"ranks", "sparse", "codec", "kernels", "untrusted"},
     "untrusted": set(),
     "files": {"sparse", "codec", "kernels"},
     "weights": {"sparse", "codec", "kernels"},

@@ -43,19 +43,22 @@ class Protocol:
 def best_rates(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the learning rate of the highest mean accuracy over tasks, by method; among equals the lowest.
 
-    Only those that were run on as many tasks as any other of the method take part: tasks differ in difficulty.
+    Only rates that have all the runs (task and seed) that any rate of the method has take part: tasks differ in
+    difficulty, and a single seed may be lucky.
     """
-    found: dict[str, dict[float, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    found: dict[str, dict[float, dict[tuple[str, int], float]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
-        found[line["method"]][line["learning_rate"]][line["task"]].append(line["accuracy"])
+        found[line["method"]][line["learning_rate"]][line["task"], line["seed"]] = line["accuracy"]
 
-    def mean(tasks: Mapping[str, list[float]]) -> float:
-        return sum(sum(a) / len(a) for a in tasks.values()) / len(tasks)
+    def mean(runs: Mapping[tuple[str, int], float]) -> float:
+        tasks = {task for task, _ in runs}
+        by_task = [[accuracy for (name, _), accuracy in runs.items() if name == task] for task in sorted(tasks)]
+        return sum(sum(each) / len(each) for each in by_task) / len(by_task)
 
     best = {}
     for method, rates in found.items():
-        most = max(map(len, rates.values()))
-        complete = sorted(rate for rate, tasks in rates.items() if len(tasks) == most)
+        most = max(rates.values(), key=len)
+        complete = sorted(rate for rate, runs in rates.items() if set(runs) == set(most))
         best[method] = max(complete, key=lambda rate: mean(rates[rate]))
     return best
 

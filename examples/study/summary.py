@@ -67,6 +67,8 @@ def difference(a: Runs, b: Runs, *, resamples: int = RESAMPLES) -> Difference | 
     points, drawn = [], []
     for task in sorted({task for task, _ in shared}):
         seeds = [seed for name, seed in shared if name == task]
+        if any(a[task, s]["labels"] != b[task, s]["labels"] for s in seeds):
+            raise ValueError(f"{task}: the two methods were tested on different rows; run one of them anew.")
         pairs = [correct(a[task, s]).astype(np.int8) - correct(b[task, s]).astype(np.int8) for s in seeds]
         gain = np.stack(pairs) * 100.0
         points.append(gain.mean())
@@ -95,7 +97,8 @@ def table(methods: Mapping[str, Runs], *, tasks: Sequence[str], order: Sequence[
     for name in (name for name in order if name in methods):
         runs = methods[name]
         by_task = {t: [line["accuracy"] * 100 for (task, _), line in runs.items() if task == t] for t in tasks}
-        if not all(by_task.values()):
+        if missing := [task for task in tasks if not by_task[task]]:
+            print(f"{name}: left out of the table, not run on {', '.join(missing)}")
             continue
         spread = np.mean([np.std(found, ddof=1) for found in by_task.values() if len(found) > 1] or [np.nan])
         against = [

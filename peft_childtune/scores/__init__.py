@@ -6,6 +6,7 @@ from peft_childtune.scores.batch import batch_size, examples
 from peft_childtune.scores.inputs import ScoreInputs
 from peft_childtune.scores.movement import movement_scores
 from peft_childtune.scores.registry import (
+    MAX_NAME,
     ScoreFunction,
     compute_scores,
     is_score,
@@ -18,6 +19,7 @@ from peft_childtune.scores.score import DATA_SCORES, score_parameters
 
 __all__ = [
     "DATA_SCORES",
+    "MAX_NAME",
     "ScoreFunction",
     "ScoreInputs",
     "ScoreResult",

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from peft_childtune.errors import ScoreError
 from peft_childtune.scores.result import ScoreResult, magnitude_scores
-from peft_childtune.scores.score import score_parameters
+from peft_childtune.scores.score import DATA_SCORES, score_parameters
 
 __all__ = ["ScoreInputs"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoreInputs:
     """What a score is computed from.
 
     Attributes:
-        model: in eval mode, no parameter trainable, every adapter off. What a score changes, it puts back; modes,
-            `requires_grad` and the random state are put back for it.
+        model: in eval mode, no parameter trainable, every adapter off and unmerged. A score that changes weights puts
+            them back; modes, `requires_grad`, gradients, buffers and the random state are put back for it.
         parameters: the covered base parameters, by the base model's own names.
         heads: what is trained whole beside the child, by name: a fresh head.
         dataloader: as given to `select_child_network`, in each process its own; None for a score without data.
@@ -42,9 +42,20 @@ class ScoreInputs:
     show_progress: bool = True
 
     def compute(self, score: str) -> ScoreResult:
-        """Return a built-in score of the same parameters on the same data, to build upon."""
+        """Return a built-in score of the same parameters on the same data, to build upon.
+
+        Args:
+            score: `fisher`, `fisher_batch`, `gradient` or `magnitude`.
+
+        Raises:
+            ScoreError: it is another one, or needs data where there are none.
+        """
         if score == "magnitude":
-            return ScoreResult(magnitude_scores(self.parameters), num_examples=0, num_batches=0, loss=float("nan"))
+            return ScoreResult(magnitude_scores(self.parameters))
+        if score not in DATA_SCORES:
+            raise ScoreError(
+                f"score={score!r}: only {', '.join(sorted(DATA_SCORES))} and magnitude can be built upon."
+            )
         if self.dataloader is None:
             raise ScoreError(f"score={score!r} looks at data; register what uses it with `needs_data=True`.")
         return score_parameters(

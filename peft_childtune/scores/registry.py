@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from peft_childtune.errors import ConfigError, ScoreError
@@ -13,21 +14,28 @@ from peft_childtune.scores.movement import movement_scores
 from peft_childtune.scores.preserve import preserved
 from peft_childtune.scores.result import ScoreResult
 from peft_childtune.scores.score import DATA_SCORES
+from peft_childtune.untrusted import shown
 
-__all__ = ["ScoreFunction", "compute_scores", "is_score", "register_score", "score_names", "sees_data"]
+__all__ = ["MAX_NAME", "ScoreFunction", "compute_scores", "is_score", "register_score", "score_names", "sees_data"]
 
 
-ScoreFunction = Callable[[ScoreInputs], Mapping[str, Tensor]]
+ScoreFunction = Callable[[ScoreInputs], Mapping[str, Tensor] | ScoreResult]
+MAX_NAME = 128  # characters; a name comes from files, too
 
 
 @dataclass(frozen=True)
-class _Registered:
-    function: ScoreFunction
+class _Score:
     needs_data: bool
+    function: ScoreFunction | None = None  # None for those of `ScoreInputs.compute`
 
 
-_BUILT_IN = (*sorted(DATA_SCORES), "movement", "magnitude", "random")
-_registered: dict[str, _Registered] = {}
+_BUILT_IN = {
+    **{name: _Score(needs_data=True) for name in sorted(DATA_SCORES)},
+    "movement": _Score(needs_data=True, function=movement_scores),
+    "magnitude": _Score(needs_data=False),
+    "random": _Score(needs_data=False),
+}
+_registered: dict[str, _Score] = {}
 
 
 def register_score(name: str, function: ScoreFunction, *, needs_data: bool = True, replace: bool = False) -> None:
@@ -38,8 +46,9 @@ def register_score(name: str, function: ScoreFunction, *, needs_data: bool = Tru
     Args:
         name: any that is not taken.
         function: takes `ScoreInputs`, returns one floating-point tensor per parameter, of its shape; higher = worth
-            training. With several processes each calls it on its own share of the data, and all have to return the
-            same scores: children that differ are refused. (`inputs.compute` returns the same on all.)
+            training, -inf = never before any other. With several processes each calls it on its own share of the data,
+            and all have to return the same scores: children that differ are refused. (`inputs.compute` returns the
+            same on all.)
         needs_data: whether it looks at `inputs.dataloader`. If not, `get_peft_model` alone chooses the child.
         replace: whether it may replace a score that was registered under that name before.
 
@@ -57,15 +66,15 @@ def register_score(name: str, function: ScoreFunction, *, needs_data: bool = Tru
         >>> get_child_network(get_peft_model(base, config))
         ChildNetwork(4 tensors, 12 of 46 entries, density 0.261)
     """
-    if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f"score={name!r} is no name; give a string.")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or name != name.strip() or not name.isprintable():
+        raise ConfigError(f"score={shown(name)} is no name; give a string of up to {MAX_NAME} printable characters.")
     if name in _BUILT_IN:
         raise ConfigError(f"score={name!r} is built in; give your own score another name.")
     if name in _registered and not replace:
         raise ConfigError(f"score={name!r} is registered already; give another name, or replace=True.")
     if not callable(function):
         raise ConfigError(f"score={name!r}: {type(function).__name__} cannot be called; give a function.")
-    _registered[name] = _Registered(function, needs_data)
+    _registered[name] = _Score(needs_data, function)
 
 
 def score_names() -> list[str]:
@@ -73,31 +82,40 @@ def score_names() -> list[str]:
     return [*_BUILT_IN, *_registered]
 
 
-def is_score(name: object) -> bool:
+def is_score(name: str) -> bool:
     """Return whether a score goes by this name."""
     return name in _BUILT_IN or name in _registered
 
 
 def sees_data(name: str) -> bool:
     """Return whether a score looks at data; False for one that is not known here, as in a loaded configuration."""
-    return name in (*DATA_SCORES, "movement") or (name in _registered and _registered[name].needs_data)
+    return is_score(name) and _find(name).needs_data
 
 
 def compute_scores(name: str, inputs: ScoreInputs) -> ScoreResult:
     """Return the scores that go by a name, checked.
 
     Raises:
-        ScoreError: a registered function has returned other names, shapes or types than it should, or NaN; or a score
-            of data has failed, see `score_parameters`.
+        ConfigError: no score goes by it.
+        ScoreError: a registered function has returned other names, shapes or types than it should, or what cannot be
+            ranked; or a score of data has failed, see `score_parameters`.
     """
-    if name not in _registered and name != "movement":
+    function = _find(name).function
+    if function is None:
         return inputs.compute(name)
-    home = next(iter(inputs.parameters.values())).device
-    with preserved(inputs.model, home):
-        if name == "movement":
-            return movement_scores(inputs)
-        found = _registered[name].function(inputs)
-    return ScoreResult(_checked(name, found, inputs.parameters), num_examples=0, num_batches=0, loss=float("nan"))
+    with preserved(inputs.model, next(inputs.model.parameters()).device):
+        found = function(inputs)
+    result = found if isinstance(found, ScoreResult) else ScoreResult(found)  # type: ignore[arg-type]  # checked next
+    return replace(result, scores=_checked(name, result.scores, inputs.parameters))
+
+
+def _find(name: str) -> _Score:
+    if not is_score(name):
+        raise ConfigError(
+            f"score={shown(name)} is not registered here: peft_childtune.register_score(name, function), or install a "
+            "child that was chosen before: select_child_network(model, network=...)."
+        )
+    return _BUILT_IN.get(name) or _registered[name]
 
 
 def _checked(score: str, found: object, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -113,7 +131,11 @@ def _checked(score: str, found: object, parameters: Mapping[str, nn.Parameter]) 
         if not isinstance(scores, Tensor) or scores.shape != parameter.shape or not scores.is_floating_point():
             what = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ScoreError(f"{name}: score={score!r} has returned {what} for {tuple(parameter.shape)}; {way_out}.")
-        if bool(scores.isnan().any()):
-            raise ScoreError(f"{name}: score={score!r} has returned NaN; look for 0 / 0 in it, and at the data.")
+        if scores.layout is not torch.strided or scores.is_meta:
+            raise ScoreError(f"{name}: score={score!r} has returned a sparse or meta tensor; {way_out}, dense.")
+        if bool(scores.isnan().any()) or bool(scores.isposinf().any()):
+            raise ScoreError(
+                f"{name}: score={score!r} has returned NaN or +inf; look for divisions by zero in it, and at the data."
+            )
         checked[name] = scores.detach()
     return checked

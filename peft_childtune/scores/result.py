@@ -17,16 +17,16 @@ class ScoreResult:
 
     Args:
         scores: fp32, one per parameter, of its shape; higher = worth training.
-        num_examples: examples that were counted, those without any label included.
-        num_batches: batches that were read.
+        num_examples: examples that were counted, those without any label included; 0 if nobody counted.
+        num_batches: batches that were read, likewise.
         loss: mean loss of the pass, a sanity figure. A batch scored in one go counts with its own mean (over tokens,
             if that is how the model averages), one scored example by example with the mean of theirs.
     """
 
     scores: dict[str, Tensor]
-    num_examples: int
-    num_batches: int
-    loss: float
+    num_examples: int = 0
+    num_batches: int = 0
+    loss: float = float("nan")
 
 
 def magnitude_scores(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from peft_childtune.scores.fisher import PerExampleFisher
 from peft_childtune.scores.preserve import preserved
 from peft_childtune.scores.result import ScoreResult
 
-__all__ = ["DATA_SCORES", "score_parameters"]
+__all__ = ["DATA_SCORES", "check_data", "no_batches", "read_batches", "score_parameters"]
 
 _TITLES = {"fisher": "Fisher information", "fisher_batch": "Batch Fisher information", "gradient": "Mean gradient"}
 
@@ -83,12 +83,7 @@ def score_parameters(
     """
     if score not in DATA_SCORES:
         raise ScoreError(f"score={score!r} is not computed from data; use one of {sorted(DATA_SCORES)}.")
-    if num_batches is not None and num_batches < 1:
-        raise ScoreError(f"num_batches={num_batches} reads no data; use at least 1, or None for all of it.")
-    if isinstance(dataloader, Mapping) or not isinstance(dataloader, Iterable):
-        raise ScoreError(
-            f"dataloader is a {type(dataloader).__name__}, not an iterable of batches; pass a DataLoader, or a list."
-        )
+    check_data(dataloader, num_batches=num_batches)
     with failing_together():  # nobody waits below for a process that has failed
         distinct = _distinct(unwrapped(model), parameters)
     with failing_together():  # apart: a dataloader may begin with a collective of its own
@@ -107,8 +102,7 @@ def score_parameters(
         sum_over_ranks_(total)
     num_examples, batches_read, loss, counted = tally.tolist()
     if not batches_read:
-        used_up = " (it is an iterator, which can be read only once)" if isinstance(dataloader, Iterator) else ""
-        raise ScoreError(f"The dataloader yields no batch{used_up}; scores need data.")
+        raise no_batches(dataloader)
     if not counted:
         raise ScoreError(f"No label counts towards the loss in any of {num_examples:g} examples; look at the labels.")
     means = scorer.means(num_examples=int(num_examples), num_batches=int(batches_read))
@@ -151,7 +145,7 @@ def _pass(
             scorer = PerExampleFisher(model, parameters, loss_of_batch, device=device)
         else:
             scorer = _BATCHWISE[score](parameters, loss_of_batch, device=device)
-        batches = _batches(dataloader, num_batches, title=_TITLES[score] if show_progress else None)
+        batches = read_batches(dataloader, num_batches, title=_TITLES[score] if show_progress else None)
         try:
             for index, batch in enumerate(batches):
                 size, loss = scorer.add(detached_to(batch, home), index)
@@ -181,7 +175,28 @@ def _distinct(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[
     return dict(distinct.values())
 
 
-def _batches(dataloader: Iterable[Any], limit: int | None, *, title: str | None) -> Iterator[Any]:
+def check_data(dataloader: Iterable[Any] | None, *, num_batches: int | None) -> None:
+    """Raise unless a dataloader can be read.
+
+    Raises:
+        ScoreError: it cannot.
+    """
+    if num_batches is not None and num_batches < 1:
+        raise ScoreError(f"num_batches={num_batches} reads no data; use at least 1, or None for all of it.")
+    if isinstance(dataloader, Mapping) or not isinstance(dataloader, Iterable):
+        raise ScoreError(
+            f"dataloader is a {type(dataloader).__name__}, not an iterable of batches; pass a DataLoader, or a list."
+        )
+
+
+def no_batches(dataloader: object) -> ScoreError:
+    """Return the error of a dataloader that yields nothing."""
+    used_up = " (it is an iterator, which can be read only once)" if isinstance(dataloader, Iterator) else ""
+    return ScoreError(f"The dataloader yields no batch{used_up}; scores need data.")
+
+
+def read_batches(dataloader: Iterable[Any], limit: int | None, *, title: str | None) -> Iterator[Any]:
+    """Yield the first batches of a dataloader, None for all, under a progress bar unless `title` is None."""
     total = limit
     if isinstance(dataloader, Sized):
         try:

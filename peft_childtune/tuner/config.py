@@ -303,10 +303,11 @@ class ChildTuningConfig(PeftConfig):
                 raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(map(repr, get_args(literal)))}.")
 
         # one that was loaded chooses nothing any more, and its score may be registered elsewhere only
-        if not isinstance(self.score, str) or (self.child is None and not is_score(self.score)):
+        if self.child is None and not is_score(self.score):
             raise ConfigError(
                 f"score={shown(self.score)} is not one of {', '.join(map(repr, score_names()))}; one of your own has "
-                "to be registered first: peft_childtune.register_score(name, function)."
+                "to be registered first: peft_childtune.register_score(name, function). In a saved configuration it "
+                "says that this was saved before its child was chosen."
             )
 
     def _check_numbers(self) -> None:
@@ -338,7 +339,9 @@ class ChildTuningConfig(PeftConfig):
             )
         # "fisher" is the default, not a choice that somebody made
         if self.mode == "task_free" and self.score not in ("fisher", "random"):
-            raise ConfigError(f'score={self.score!r} has no meaning with mode="task_free", which chooses at random.')
+            raise ConfigError(
+                f'score={shown(self.score)} has no meaning with mode="task_free", which chooses at random.'
+            )
         if self.resample and (self.granularity != "element" or self.scope != "global"):
             raise ConfigError(
                 "resample=True draws a mask over single entries; leave granularity='element' and scope='global'."

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import ConfigError, FormatError
+from ..scores import MAX_NAME
 from ..untrusted import shown
 
 __all__ = ["check_types"]
@@ -40,6 +41,9 @@ def check_types(fields: Mapping[str, Any]) -> None:
     for name in _NAMES:
         if fields[name] is not None and not isinstance(fields[name], str):
             raise _wrong(name, fields[name], "a string or None")
+    score = fields["score"]
+    if not isinstance(score, str) or not 0 < len(score) <= MAX_NAME or not score.isprintable():
+        raise _wrong("score", score, f"the name of a score, of up to {MAX_NAME} printable characters")
     for name in _LISTS:
         # a single string is a pattern, or one name; PEFT would take that of modules_to_save letter by letter
         if isinstance(fields[name], str) and name not in ("modules_to_save", "target_parameters"):

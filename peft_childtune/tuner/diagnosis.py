@@ -21,9 +21,10 @@ __all__ = ["SelectionDiagnosis", "diagnose_selection", "selection_report", "warn
 
 _TAKES_OVER = 0.25  # of the child, in one tensor
 _TIMES_ITS_SHARE = 5  # and so many times the tensor's share of the covered weights
+_FEW = 100  # entries of a child, below which such a share is chance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SelectionDiagnosis:
     """How a child network spreads.
 
@@ -34,8 +35,10 @@ class SelectionDiagnosis:
         blocks: (entries, weights) of each transformer block, in the model's order.
         kinds: (entries, weights) of each kind of tensor, over all blocks.
         tensors: (entries, weights) of each covered tensor.
-        lines: by `"rows"` and `"columns"`, the least share of them that holds half of the child, over all matrices;
-            0.5 for an even spread, near 0 where few rows (output neurons) or columns (inputs) take nearly all.
+        lines: by `"rows"` and `"columns"`, the least share of them that holds half of what a matrix keeps, the mean
+            over the child's entries; empty without matrices. 0.5 at most; near 0 where few rows (output neurons) or
+            columns (inputs) take nearly all. Compare it with a random child's of the same density: with few entries a
+            line, chance alone leaves many lines empty.
     """
 
     nnz: int
@@ -64,14 +67,17 @@ class SelectionDiagnosis:
     def __str__(self) -> str:
         """Return it as a few lines of text."""
         name, share, weights = self.largest
-        rows, columns = self.lines["rows"], self.lines["columns"]
         lines = [
             f"Child network: {self.nnz:,} of {self.covered:,} covered weights ({self.nnz / self.covered:.3%}); "
             f"{self.covered / self.total:.1%} of the model's {self.total:,} weights are covered.",
             f"{len(self.tensors) - len(self.empty)} of {len(self.tensors)} tensors have a part in it; the largest "
             f"part, {share:.1%}, is in {name} ({weights:.1%} of the covered weights).",
-            f"Half of it lies in {rows:.1%} of the rows (outputs), and in {columns:.1%} of the columns (inputs).",
         ]
+        if self.lines:
+            lines.append(
+                f"Half of what a matrix keeps lies in {self.lines['rows']:.1%} of its rows and in "
+                f"{self.lines['columns']:.1%} of its columns."
+            )
         for title, table in (("block", self.blocks), ("tensor", self.kinds)):
             width = max(map(len, [title, *table]))
             lines.append(f"{title:<{width}}  share of child  density")
@@ -89,11 +95,12 @@ def warnings_of(tensors: Mapping[str, tuple[int, int]]) -> list[str]:
         tensors: (entries, weights) of each covered tensor.
     """
     name, share, weights = _largest(tensors)
-    if len(tensors) < 2 or share < _TAKES_OVER or share < _TIMES_ITS_SHARE * weights:
+    few = sum(kept for kept, _ in tensors.values()) < _FEW
+    if few or len(tensors) < 2 or share < _TAKES_OVER or share < _TIMES_ITS_SHARE * weights:
         return []
     return [
-        f"{name}: holds {share:.0%} of the child and {weights:.1%} of the covered weights, so its scores are on "
-        'another scale than the others\'; share the budget (scope="tensor", "row" or "layer"), or leave it out '
+        f"{name}: holds {share:.0%} of the child and {weights:.1%} of the covered weights; its scores may be on "
+        'another scale than the others\'. Share the budget more finely (scope="tensor" or "row"), or leave it out '
         "(exclude_modules)."
     ]
 
@@ -146,7 +153,7 @@ def diagnosis_of(
     blocks: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     tensors = {}
-    counts: dict[str, list[Tensor]] = {"rows": [], "columns": []}
+    counts: dict[str, list[float]] = {"rows": [], "columns": []}
     for name, child in network.children.items():
         block, count = groups[name], child.nnz
         tensors[name] = (count, child.grid.numel)
@@ -154,9 +161,10 @@ def diagnosis_of(
         for table, key in ((blocks, block or "outside blocks"), (kinds, kind)):
             table[key][0] += count
             table[key][1] += child.grid.numel
-        if len(child.grid.shape) > 1:
+        if len(child.grid.shape) > 1 and count:
             for side, per_line in zip(counts, _per_line(child, transposed=name in transposed), strict=True):
-                counts[side].append(per_line)
+                counts[side].append(count * _share_of_half(per_line))
+    in_matrices = sum(kept for name, (kept, _) in tensors.items() if len(network.children[name].grid.shape) > 1)
     return SelectionDiagnosis(
         nnz=sum(kept for kept, _ in tensors.values()),
         covered=sum(numel for _, numel in tensors.values()),
@@ -164,7 +172,7 @@ def diagnosis_of(
         blocks={key: (kept, numel) for key, (kept, numel) in blocks.items()},
         kinds={key: (kept, numel) for key, (kept, numel) in kinds.items()},
         tensors=tensors,
-        lines={side: _share_of_half(found) for side, found in counts.items()},
+        lines={side: sum(each) / in_matrices for side, each in counts.items()} if in_matrices else {},
     )
 
 
@@ -186,10 +194,7 @@ def _per_line(child: TensorChild, *, transposed: bool) -> tuple[Tensor, Tensor]:
     return (inner, outer) if transposed else (outer, inner)
 
 
-def _share_of_half(counts: list[Tensor]) -> float:
-    if not counts:
-        return 0.5
-    ordered = torch.cat(counts).sort(descending=True).values.cumsum(0)
-    if not int(ordered[-1]):
-        return 0.5
+def _share_of_half(counts: Tensor) -> float:
+    """Return the least share of lines that holds half of the entries, from the number in each line, not all zero."""
+    ordered = counts.sort(descending=True).values.cumsum(0)
     return (int(torch.searchsorted(ordered, float(ordered[-1]) / 2)) + 1) / ordered.numel()

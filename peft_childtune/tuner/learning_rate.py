@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,30 +10,30 @@ from torch import Tensor
 
 from ..errors import ConfigError, SelectionError
 from ..sparse import TensorChild
+from ..untrusted import shown
 from .config import ChildTuningConfig
 
-__all__ = ["gradient_share", "suggest_learning_rate"]
+__all__ = ["SQUARED", "gradient_share", "suggest_learning_rate"]
 
-_SQUARED = ("fisher", "fisher_batch")  # scores that are means of squared gradients
+SQUARED = ("fisher", "fisher_batch")  # scores that are means of squared gradients
+_BLIND = ("random", "magnitude")  # sources that know nothing of gradients, so that a share of them is the density
 
 
 @torch.no_grad()
-def gradient_share(scores: Mapping[str, Tensor], children: Mapping[str, TensorChild], *, score: str) -> float | None:
-    """Return a child's share of the sum of gradient sizes over all covered weights; None if scores tell nothing of it.
+def gradient_share(scores: Mapping[str, Tensor], children: Mapping[str, TensorChild], *, squared: bool) -> float:
+    """Return a child's share of the sum of gradient sizes over all covered weights.
 
     Args:
-        scores: of each covered tensor.
+        scores: gradient sizes of each covered tensor, or their squares; not negative, not all zero.
         children: of the same tensors.
-        score: what the scores are; of `fisher` and `fisher_batch` the roots are summed.
+        squared: whether they are squares.
     """
-    if score not in (*_SQUARED, "gradient"):
-        return None
     kept = total = 0.0
     for name, each in scores.items():
-        sizes = each.sqrt() if score in _SQUARED else each.abs()
-        total += float(sizes.sum(dtype=torch.float64))
-        kept += float(sizes.reshape(-1)[children[name].indices().to(sizes.device)].sum(dtype=torch.float64))
-    return kept / total if total else None
+        chosen = each.reshape(-1)[children[name].indices().to(each.device)]
+        total += float((each.sqrt() if squared else each).sum())
+        kept += float((chosen.sqrt() if squared else chosen).sum())
+    return min(1.0, kept / total)
 
 
 def suggest_learning_rate(config: ChildTuningConfig, *, full: float = 1e-4) -> float:
@@ -48,8 +49,9 @@ def suggest_learning_rate(config: ChildTuningConfig, *, full: float = 1e-4) -> f
         full: the rate that suits full fine-tuning of the same model.
 
     Raises:
-        SelectionError: the child is still to be chosen by data.
-        ConfigError: `full` is not above 0.
+        SelectionError: the child is still to be chosen by data; or it was chosen by something that tells nothing of
+            its share (`movement`, a score of your own, `network=`).
+        ConfigError: `config` or `full` is not what it should be.
 
     Example:
         >>> suggest_learning_rate(ChildTuningConfig(score="random", density=0.02))
@@ -57,15 +59,33 @@ def suggest_learning_rate(config: ChildTuningConfig, *, full: float = 1e-4) -> f
 
     Source: measured in examples/study/README.md.
     """
-    if not full > 0:
+    if not isinstance(config, ChildTuningConfig):
+        raise ConfigError(
+            f"config: {type(config).__name__} is no ChildTuningConfig; pass model.peft_config[adapter_name]."
+        )
+    if isinstance(full, bool) or not isinstance(full, int | float) or not 0 < full < math.inf:
         raise ConfigError(f"full={full!r} is no learning rate; give that of full fine-tuning, for example 1e-4.")
     if config.resample:  # every weight takes part, and AdamW divides the mask's 1 / density out again
         return full
     selection = config.selection or {}
     if config.needs_data and not selection:
         raise SelectionError(
-            f'score="{config.score}": the learning rate depends on the child; call select_child_network first, and '
-            'pass its configuration: suggest_learning_rate(model.peft_config["default"]).'
+            f"score={shown(config.score)}: the learning rate depends on the child; call select_child_network first, "
+            'and pass its configuration: suggest_learning_rate(model.peft_config["default"]).'
         )
-    share = selection.get("gradient_share")
-    return full / (share if isinstance(share, float) and 0 < share <= 1 else config.density)
+    if "gradient_share" in selection:
+        return full / _fraction("gradient_share", selection["gradient_share"])
+    if selection.get("source", "random" if config.mode == "task_free" else config.score) in _BLIND:
+        return full / _fraction("density", selection.get("density", config.density))
+    raise SelectionError(
+        f"score={shown(config.score)}: nothing is known of the share of the gradient that this child holds; begin at "
+        f"{full:g}, and search upwards, not above {full / config.density:g}, the rate of a random child."
+    )
+
+
+def _fraction(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-9 < value <= 1:
+        raise ConfigError(
+            f"selection: {name}={shown(value)} is no share; the record is damaged, choose the child anew."
+        )
+    return float(value)

@@ -125,6 +125,8 @@ class ChildTuningModel(BaseTuner):
             )
             tie_layers(model, adapter_name)
             find_own_inputs(model)
+            if config.child is None:
+                config.selection = None  # of another model, if this configuration was used before
             if config.child is not None:
                 prepare_places(model, adapter_name, config, meta=low_cpu_mem_usage)
             elif not config.needs_data:

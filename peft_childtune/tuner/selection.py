@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError, TargetError
@@ -22,7 +23,8 @@ from .config import ChildTuningConfig
 from .diagnosis import selection_report, warnings_of
 from .inspection import config_of, groups_of
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
-from .learning_rate import gradient_share
+from .layer import ChildTuningLayer
+from .learning_rate import SQUARED, gradient_share
 from .offload import onloaded, out_of_reach
 from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
 from .shards import without_repeats
@@ -45,11 +47,6 @@ def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def _heads(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained whole: fresh heads in `modules_to_save`."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in f".{name}"}
-
-
 def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> dict[str, TensorChild]:
     """Return the child that a configuration asks for where no data is needed: random, resampled or by magnitude."""
     grids = grids_of(model, adapter_name, config)
@@ -69,7 +66,7 @@ def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningC
         return select_random_children(
             grids=grids, density=config.density, scope=config.scope, groups=groups, seed=config.seed
         )
-    with _Disabled(model):
+    with _BaseAlone(model, adapter_name):
         scores = compute_scores(config.score, ScoreInputs(model, _parameters(model, adapter_name))).scores
     return select_children(scores, grids=grids, density=config.density, scope=config.scope, groups=groups)
 
@@ -91,20 +88,40 @@ def _check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningCon
             )
 
 
-class _Disabled:
-    """Every adapter of a model switched off, and back to how it was."""
+class _BaseAlone:
+    """Every adapter of a model switched off and unmerged, heads those of one adapter; and back to how it was."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        heads = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        self.heads = [head for head in heads if adapter_name in head.modules_to_save]
+        self.adapter_name = adapter_name
 
     def __enter__(self) -> None:
         self.before = [layer._disable_adapters for layer in self.layers]
+        self.active = [head._active_adapter for head in self.heads]
+        children = [layer for layer in self.layers if isinstance(layer, ChildTuningLayer)]
+        self.merged = [(layer, list(layer.merged_adapters)) for layer in children if layer.merged]
+        for layer, _ in self.merged:
+            layer.unmerge()
         for layer in self.layers:
             layer._disable_adapters = True
+        for head in self.heads:
+            head._active_adapter = [self.adapter_name]
 
     def __exit__(self, *_: object) -> None:
         for layer, flag in zip(self.layers, self.before, strict=True):
             layer._disable_adapters = flag
+        for head, active in zip(self.heads, self.active, strict=True):
+            head._active_adapter = active
+        for layer, merged in self.merged:
+            layer.merge(adapter_names=merged)
+
+
+def _heads(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return what an adapter trains whole: fresh heads in its `modules_to_save`."""
+    kept = f".modules_to_save.{adapter_name}."
+    return {name: p for name, p in model.named_parameters() if kept in f".{name}" and p.is_floating_point()}
 
 
 def select_child_network(
@@ -192,11 +209,11 @@ def select_child_network(
                     f'score="{config.score}" looks at data: call select_child_network(model, dataloader); '
                     '"magnitude" and "random" do not.'
                 )
-            with _Disabled(model):
+            with _BaseAlone(model, adapter_name):
                 inputs = ScoreInputs(
-                    unwrapped(model),
+                    model,
                     _parameters(model, adapter_name),
-                    heads=_heads(model),
+                    heads=_heads(model, adapter_name),
                     dataloader=without_repeats(dataloader),
                     num_batches=num_batches,
                     loss_fn=loss_fn,
@@ -214,8 +231,8 @@ def select_child_network(
             how = {"source": config.score}
             if result.num_batches:
                 how |= {"examples": result.num_examples, "loss": result.loss}
-            if (share := gradient_share(result.scores, children, score=config.score)) is not None:
-                how["gradient_share"] = share
+            if config.score in SQUARED or config.score == "gradient":
+                how["gradient_share"] = gradient_share(result.scores, children, squared=config.score in SQUARED)
             del result  # the scores, as large as the covered weights in fp32
         # from an accelerator, where the scores were, to where all else of a child network is kept
         children = {name: _on_cpu(child) for name, child in children.items()}
@@ -229,7 +246,12 @@ def select_child_network(
         values for layer in layers for values in layer._values(adapter_name).parameters() if values.requires_grad
     ]
     watch_optimizers(model, deltas, adapter_name)
-    config.selection = {"torch_seed": torch.initial_seed(), **how, "digest": chosen.digest()}
+    config.selection = {
+        "torch_seed": torch.initial_seed(),
+        **how,
+        "density": chosen.density,
+        "digest": chosen.digest(),
+    }
     if is_first_rank():
         if logger.isEnabledFor(logging.INFO):
             logger.info("%s", selection_report(model, adapter_name))

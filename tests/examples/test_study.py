@@ -69,7 +69,8 @@ def test_a_misspelt_entry_of_the_protocol_is_refused(study, tmp_path):
 def test_the_best_rate_is_that_of_the_highest_mean_over_tasks_not_over_runs(study):
     lines = [_line(task="easy", rate=1e-3, seed=s) for s in range(9)]
     lines += [_line(task="hard", rate=1e-3, predictions="1010")]
-    lines += [_line(task="easy", rate=1e-2, predictions="0111"), _line(task="hard", rate=1e-2, predictions="0111")]
+    lines += [_line(task="easy", rate=1e-2, predictions="0111", seed=s) for s in range(9)]
+    lines += [_line(task="hard", rate=1e-2, predictions="0111")]
     assert study["protocol"].best_rates(lines) == {"a": 1e-2}
 
 

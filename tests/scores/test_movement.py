@@ -89,14 +89,44 @@ def test_a_training_that_breaks_off_is_taken_back_too():
 
 def test_only_so_many_batches_are_read():
     model = _Net()
-    found = movement_scores(_inputs(model, num_batches=2))
-    for name, expected in _moved(model, batches=_batches()[:2]).items():
+    found = movement_scores(_inputs(model, dataloader=_batches(5), num_batches=4))
+    for name, expected in _moved(model, batches=_batches(5)[:4]).items():
         torch.testing.assert_close(found.scores[name], expected, rtol=1e-4, atol=1e-9)
 
 
-def test_no_data_is_refused():
-    with pytest.raises(ScoreError, match="yields no batch"):
-        movement_scores(_inputs(_Net(), dataloader=[]))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataloader": []}, "yields no batch"),
+        ({"dataloader": iter([])}, "read only once"),
+        ({"dataloader": None}, "NoneType, not an iterable"),
+        ({"dataloader": {"x": 1}}, "dict, not an iterable"),
+        ({"num_batches": 0}, "reads no data"),
+        ({"num_batches": 2}, "moved all weights alike.*3 batches"),
+        ({"loss_fn": lambda model, batch: torch.ones(())}, "does not depend on any"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused(options, message):
+    with pytest.raises(ScoreError, match=message):
+        movement_scores(_inputs(_Net(), **options))
+
+
+def test_the_copy_of_the_weights_is_kept_where_scores_are_wanted():
+    model = _Net()
+    found = movement_scores(_inputs(model, scores_device="cpu"))
+    assert all(each.device.type == "cpu" for each in found.scores.values())
+
+
+def test_sparse_gradients_and_running_statistics_are_no_trouble():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    before = [buffer.clone() for buffer in model.buffers()]
+    batches = [(torch.randint(9, (4, 2)), torch.randint(2, (4,))) for _ in range(3)]
+    found = movement_scores(
+        ScoreInputs(model, {"0.weight": model[0].weight}, dataloader=batches, loss_fn=_loss, show_progress=False)
+    )
+    assert bool(found.scores["0.weight"].any())
+    assert all(map(torch.equal, model.buffers(), before))
 
 
 def test_half_precision_is_refused_with_a_way_out():

@@ -106,7 +106,7 @@ def test_a_name_that_nobody_has_registered_is_refused_with_the_ones_there_are():
         _config("mine")
 
 
-@pytest.mark.parametrize("name", ["fisher", "random", "", 3])
+@pytest.mark.parametrize("name", ["fisher", "random", "movement", "", 3, " mine ", "a\nb", "x" * 129])
 def test_a_name_that_is_built_in_or_none_cannot_be_registered(name):
     with pytest.raises(ConfigError):
         register_score(name, lambda inputs: {})
@@ -126,10 +126,12 @@ def test_a_name_is_replaced_only_on_demand():
         (lambda scores: scores | {"0.weight": scores["0.weight"][:1]}, r"0\.weight.*\(1, 6\) for \(4, 6\)"),
         (lambda scores: scores | {"0.weight": scores["0.weight"].long()}, r"0\.weight.*int64"),
         (lambda scores: scores | {"0.weight": scores["0.weight"] * float("nan")}, r"0\.weight.*NaN"),
+        (lambda scores: scores | {"0.weight": scores["0.weight"] / 0}, r"0\.weight.*\+inf"),
+        (lambda scores: scores | {"0.weight": scores["0.weight"].to_sparse()}, r"0\.weight.*sparse"),
         (lambda scores: scores | {"9.weight": scores["0.weight"]}, r"9\.weight.*no covered parameter"),
         (lambda scores: {"0.weight": scores["0.weight"]}, r"0\.bias.*no scores"),
     ],
-    ids=["no table", "shape", "dtype", "nan", "too many", "too few"],
+    ids=["no dict", "shape", "dtype", "nan", "inf", "sparse", "too many", "too few"],
 )
 def test_what_a_score_returns_is_checked_before_anything_is_chosen(change, message):
     register_score("wrong", lambda i: change({n: torch.ones(w.shape) for n, w in i.parameters.items()}))
@@ -144,6 +146,86 @@ def test_a_score_declared_without_data_is_told_so_when_it_asks_for_some():
     register_score("sly", lambda inputs: inputs.compute("fisher").scores, needs_data=False)
     with pytest.raises(ScoreError, match="needs_data=True"):
         get_peft_model(_base(), _config("sly"))
+
+
+@pytest.mark.parametrize("score", ["random", "movement", "nobody"])
+def test_what_cannot_be_built_upon_is_said(score):
+    register_score("on", lambda inputs: inputs.compute(score).scores)
+    with pytest.raises(ScoreError, match="only fisher, fisher_batch, gradient and magnitude can be built upon"):
+        select_child_network(get_peft_model(_base(), _config("on")), _batches(), show_progress=False)
+
+
+def test_gradients_and_buffers_are_put_back_for_a_score():
+    def score(inputs):
+        for weight in inputs.parameters.values():
+            weight.requires_grad = True
+        inputs.model.train()
+        _loss(inputs.model, _batches()[0]).backward()
+        return {name: weight.grad.abs() for name, weight in inputs.parameters.items()}
+
+    register_score("grads", score)
+    base = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    before = [buffer.clone() for buffer in base[1].buffers()]
+    model = get_peft_model(base, _config("grads"))
+    select_child_network(model, _batches(), show_progress=False)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(map(torch.equal, base[1].buffers(), before))
+
+
+@pytest.mark.parametrize("score", ["movement", "magnitude", "plain"])
+def test_scores_are_of_the_base_where_another_adapter_is_merged_and_it_stays_merged(score):
+    register_score("plain", lambda i: {n: w.detach().abs() for n, w in i.parameters.items()}, needs_data=False)
+
+    def chosen(*, merged):
+        model = get_peft_model(_base(), _config("random", init_weights=False))
+        model.add_adapter("b", _config(score))
+        if merged:
+            model.base_model.merge_adapter(["default"])
+        before = [p.detach().clone() for name, p in model.named_parameters() if "base_layer" in name]
+        torch.manual_seed(3)  # of the dropout in the short training
+        data = _batches() if score == "movement" else None
+        child = select_child_network(model, data, adapter_name="b", loss_fn=_loss, show_progress=False)
+        after = [p for name, p in model.named_parameters() if "base_layer" in name]
+        assert all(map(torch.equal, after, before))
+        return model, child
+
+    (model, child), (_, expected) = chosen(merged=True), chosen(merged=False)
+    assert child == expected
+    assert model.base_model.model[0].merged_adapters == ["default"]
+    model.unmerge_adapter()
+    restored = [p for name, p in model.named_parameters() if "base_layer" in name]
+    assert all(map(torch.equal, restored, _base().parameters()))
+
+
+def test_the_head_of_the_adapter_that_is_chosen_for_counts_whichever_is_active():
+    def base():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"body": nn.Linear(6, 4), "head": nn.Linear(4, 2)})
+
+    def loss(model, batch):
+        inner = model.base_model.model if hasattr(model, "base_model") else model
+        return F.cross_entropy(inner["head"](inner["body"](batch[0])), batch[1])
+
+    options = {"target_modules": ["body"], "modules_to_save": ["head"], "density": 0.3}
+    children = []
+    for active in ("default", "b"):
+        model = get_peft_model(base(), ChildTuningConfig(score="random", **options))
+        model.add_adapter("b", ChildTuningConfig(**options))
+        with torch.no_grad():
+            model.base_model.model["head"].modules_to_save["default"].weight.normal_()
+        model.set_adapter(active)
+        children.append(select_child_network(model, _batches(), adapter_name="b", loss_fn=loss, show_progress=False))
+        assert model.base_model.model["head"].active_adapters == [active]
+    assert children[0] == children[1]
+
+
+def test_a_loaded_adapter_of_an_unknown_score_says_how_another_child_gets_in(tmp_path, monkeypatch):
+    register_score("small", lambda i: {n: -w.detach().abs() for n, w in i.parameters.items()}, needs_data=False)
+    get_peft_model(_base(), _config("small")).save_pretrained(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+    loaded = PeftModel.from_pretrained(_base(), tmp_path)
+    with pytest.raises(ConfigError, match="'small' is not registered here.*network="):
+        select_child_network(loaded, _batches(), loss_fn=_loss)
 
 
 def test_a_score_that_fails_leaves_the_model_as_it_was():

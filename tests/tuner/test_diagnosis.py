@@ -47,6 +47,17 @@ def test_the_share_of_lines_that_hold_half_tells_an_even_child_from_one_in_few_c
     assert _diagnosis({"w": column}, {"w": (10, 10)}).lines == {"rows": 0.5, "columns": 0.1}
 
 
+def test_matrices_of_different_shapes_count_by_what_they_keep():
+    shapes = {"wide": (2, 40), "square": (10, 10), "bias": (10,)}
+    indices = {"wide": list(range(80)), "square": [row * 10 for row in range(10)], "bias": [1]}
+    assert _diagnosis(indices, shapes).lines == {"rows": 0.5, "columns": pytest.approx((80 * 0.5 + 10 * 0.1) / 90)}
+
+
+def test_without_matrices_there_are_no_lines():
+    found = _diagnosis({"a": [0], "b": []}, {"a": (3,), "b": (4, 4)})
+    assert found.lines == {} and "rows" not in str(found)
+
+
 def test_rows_are_outputs_in_a_transposed_layer_too():
     model = get_peft_model(
         nn.Sequential(Conv1D(6, 5)), ChildTuningConfig(target_modules=["0"], score="random", density=0.1)
@@ -65,7 +76,13 @@ def _shapes(model):
 
 @pytest.mark.parametrize(
     ("kept", "warned"),
-    [({"a": 60, "b": 40}, True), ({"a": 24, "b": 76}, False), ({"a": 0, "b": 100}, False), ({"a": 0, "b": 0}, False)],
+    [
+        ({"a": 60, "b": 40}, True),
+        ({"a": 24, "b": 76}, False),
+        ({"a": 0, "b": 100}, False),
+        ({"a": 0, "b": 0}, False),
+        ({"a": 6, "b": 4}, False),  # chance
+    ],
 )
 def test_a_tensor_is_warned_of_if_it_holds_much_more_than_its_share(kept, warned):
     sizes = {"a": 100, "b": 9900}
@@ -76,8 +93,8 @@ def test_a_tensor_is_warned_of_if_it_holds_much_more_than_its_share(kept, warned
 
 def test_a_selection_by_data_warns_and_a_given_or_random_child_does_not():
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 2, bias=False))
-    batch = [(torch.randn(8, 20), torch.randint(2, (8,)))]
+    base = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100), nn.Linear(100, 5, bias=False))
+    batch = [(torch.randn(8, 100), torch.randint(5, (8,)))]
     config = ChildTuningConfig(target_modules=["0", "1", "2"], density=0.01)
     with torch.no_grad():
         base[2].weight.mul_(1e-6)  # its own gradient is then far above all others
@@ -91,7 +108,7 @@ def test_a_selection_by_data_warns_and_a_given_or_random_child_does_not():
 
 
 def test_the_text_names_what_is_to_be_looked_at():
-    found = _diagnosis({"a": list(range(9)), "b": [0]}, {"a": (3, 3), "b": (10, 10)})
+    found = _diagnosis({"a": list(range(90)), "b": list(range(10))}, {"a": (9, 10), "b": (100, 10)})
     text = str(found)
     assert "2 of 2 tensors have a part in it; the largest part, 90.0%, is in a (8.3% of the covered weights)." in text
     assert text.splitlines()[-1].startswith("Look at this: a: holds 90%")

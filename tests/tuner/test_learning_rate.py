@@ -49,8 +49,8 @@ def test_the_share_is_that_of_the_gradients_absolute_values(score):
 
 @pytest.mark.parametrize("options", [{"score": "random"}, {"score": "magnitude"}, {"mode": "task_free"}])
 def test_a_child_that_was_chosen_without_gradients_is_taken_to_hold_its_density_of_them(options):
-    model, _, _ = _selected(density=0.25, **options)
-    assert suggest_learning_rate(model.peft_config["default"]) == pytest.approx(4e-4)
+    model, child, _ = _selected(density=0.25, **options)
+    assert suggest_learning_rate(model.peft_config["default"]) == pytest.approx(1e-4 * child.numel / child.nnz)
 
 
 def test_a_mask_that_is_drawn_at_each_step_takes_the_rate_of_full_fine_tuning():
@@ -62,10 +62,40 @@ def test_a_child_that_is_not_chosen_yet_is_refused():
         suggest_learning_rate(ChildTuningConfig(density=0.1))
 
 
-@pytest.mark.parametrize("full", [0, -1e-4, float("nan")])
+@pytest.mark.parametrize("full", [0, -1e-4, float("nan"), float("inf"), True, "1e-4", None])
 def test_a_rate_of_full_fine_tuning_that_is_none_is_refused(full):
     with pytest.raises(ConfigError, match="full="):
         suggest_learning_rate(ChildTuningConfig(score="random"), full=full)
+
+
+@pytest.mark.parametrize("share", ["x", True, -1, 5, float("nan"), 1e-30])
+def test_a_damaged_share_is_refused(share):
+    config = ChildTuningConfig(selection={"source": "fisher", "gradient_share": share})
+    with pytest.raises(ConfigError, match="gradient_share=.*choose the child anew"):
+        suggest_learning_rate(config)
+
+
+def test_where_nothing_is_known_of_the_share_a_range_is_given_and_no_number():
+    model, child, _ = _selected(score="fisher", density=0.2)
+    other = get_peft_model(
+        nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), ChildTuningConfig(target_modules=["0", "1"], density=0.5)
+    )
+    select_child_network(other, network=child)
+    with pytest.raises(SelectionError, match=r"begin at 0\.0001.*not above 0\.0002"):
+        suggest_learning_rate(other.peft_config["default"])
+
+
+def test_a_configuration_that_is_used_again_forgets_the_child_before():
+    model, _, _ = _selected(score="fisher", density=0.2)
+    config = model.peft_config["default"]
+    get_peft_model(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), config)
+    with pytest.raises(SelectionError, match="select_child_network first"):
+        suggest_learning_rate(config)
+
+
+def test_a_model_in_place_of_its_configuration_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.peft_config"):
+        suggest_learning_rate(nn.Linear(2, 2))
 
 
 def test_a_loaded_adapter_still_tells_its_share(tmp_path):
