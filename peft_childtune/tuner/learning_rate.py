@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .config import ChildTuningConfig
 __all__ = ["SQUARED", "gradient_share", "suggest_learning_rate"]
 
 SQUARED = ("fisher", "fisher_batch")  # scores that are means of squared gradients
+_PART = 1 << 20  # entries at a time: another copy of the scores would be felt
 _BLIND = ("random", "magnitude")  # sources that know nothing of gradients, so that a share of them is the density
 
 
@@ -30,10 +31,19 @@ def gradient_share(scores: Mapping[str, Tensor], children: Mapping[str, TensorCh
     """
     kept = total = 0.0
     for name, each in scores.items():
-        chosen = each.reshape(-1)[children[name].indices().to(each.device)]
-        total += float((each.sqrt() if squared else each).sum())
-        kept += float((chosen.sqrt() if squared else chosen).sum())
+        flat = each.reshape(-1)
+        total += _sum(_parts(flat), squared=squared)
+        kept += _sum((flat[at] for at in _parts(children[name].indices().to(each.device))), squared=squared)
     return min(1.0, kept / total)
+
+
+def _parts(flat: Tensor) -> Iterator[Tensor]:
+    for at in range(0, flat.numel(), _PART):
+        yield flat[at : at + _PART]
+
+
+def _sum(parts: Iterable[Tensor], *, squared: bool) -> float:
+    return sum(float((part.sqrt() if squared else part).sum()) for part in parts)
 
 
 def suggest_learning_rate(config: ChildTuningConfig, *, full: float = 1e-4) -> float:

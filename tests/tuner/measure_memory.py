@@ -55,7 +55,7 @@ def run(base: nn.Module, options: dict[str, Any], batch: Tensor, before: int) ->
     reset("5")
     model = get_peft_model(base, config)
     if config.needs_data:
-        select_child_network(model, [batch], loss_fn=loss, show_progress=False)
+        select_child_network(model, [batch] * 3, loss_fn=loss, show_progress=False)
     peaks = {"selection": resident("VmHWM") - before}
     reset("5")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -253,6 +253,7 @@ def measured(options: str, blocks: int) -> tuple[dict[str, int], memory.MemoryEs
 RUNS = {
     "1 % of the entries": ('{"density": 0.01}', 2),
     "10 % of the entries": ('{"density": 0.1}', 2),
+    "1 % by movement": ('{"density": 0.01, "score": "movement"}', 1),
     "10 % of the rows": ('{"density": 0.1, "granularity": "row"}', 2),
     "a new mask at every step": ('{"density": 0.1, "mode": "task_free", "resample": true}', 1),
 }

@@ -23,19 +23,19 @@ def test_the_scores_are_gone_before_the_child_is_installed(score, monkeypatch):
     model = get_peft_model(base, ChildTuningConfig(target_modules=["0", "2"], density=0.2, score=score))
     seen: list[weakref.ref[Tensor]] = []
     devices: list[object] = []
-    compute, install = selection.score_parameters, selection.install_children
+    compute, install = selection.compute_scores, selection.install_children
 
     def watched(*args, **options):
         result = compute(*args, **options)
         seen.extend(weakref.ref(scores) for scores in result.scores.values())
-        devices.append(options["scores_device"])
+        devices.append(args[1].scores_device)
         return result
 
     def installed(*args, **options):
         assert len(seen) == 4 and not any(reference() is not None for reference in seen)
         return install(*args, **options)
 
-    monkeypatch.setattr(selection, "score_parameters", watched)
+    monkeypatch.setattr(selection, "compute_scores", watched)
     monkeypatch.setattr(selection, "install_children", installed)
     batches = [(torch.randn(8, 4), torch.randint(2, (8,)))]
     select_child_network(model, batches, loss_fn=loss, scores_device="cpu", show_progress=False)
