@@ -40,6 +40,7 @@ def test_the_public_names_are_the_documented_ones():
         "UnsupportedError",
         "diagnose_selection",
         "estimate_memory",
+        "fit_head",
         "get_child_network",
         "get_deltas",
         "register_score",

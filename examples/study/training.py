@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_childtune import ChildNetwork, ChildTuningConfig, get_child_network, select_child_network
+from peft_childtune import ChildNetwork, ChildTuningConfig, fit_head, get_child_network, select_child_network
 
 BATCH, EPOCHS, MAX_LENGTH, WARMUP = 16, 4, 64, 0.1
 Record = dict[str, Any]
@@ -162,29 +162,10 @@ def _wrapped(model: nn.Module, method: Method, batches: list[Batch], seed: int) 
         config = ChildTuningConfig(task_type="SEQ_CLS", seed=seed, **options)
         model = get_peft_model(model, config)
     if method.fits_head:
-        fit_head(model, batches)
+        fit_head(model, batches, show_progress=False)
     if config.needs_data:
         select_child_network(model, batches, show_progress=False)
     return model
-
-
-def fit_head(model: nn.Module, batches: list[Batch], *, epochs: int = 3, learning_rate: float = 3e-3) -> None:
-    """Train what is in `modules_to_save`, and nothing else (Kumar et al. 2022)."""
-    heads = [p for name, p in model.named_parameters() if ".modules_to_save." in name]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags:
-        p.requires_grad = False
-    for p in heads:
-        p.requires_grad = True
-    model.eval()
-    optimizer = torch.optim.AdamW(heads, lr=learning_rate, weight_decay=0.0)
-    for _ in range(epochs):
-        for batch in batches:
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for p, flag in flags:
-        p.requires_grad = flag
 
 
 def _train(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from peft_childtune.scores.batch import batch_size, examples
+from peft_childtune.scores.batch import batch_size, detached_to, examples, loss_of
 from peft_childtune.scores.inputs import ScoreInputs
 from peft_childtune.scores.movement import movement_scores
+from peft_childtune.scores.preserve import preserved
 from peft_childtune.scores.registry import (
     MAX_NAME,
     ScoreFunction,
@@ -15,7 +16,7 @@ from peft_childtune.scores.registry import (
     sees_data,
 )
 from peft_childtune.scores.result import ScoreResult, magnitude_scores
-from peft_childtune.scores.score import DATA_SCORES, score_parameters
+from peft_childtune.scores.score import DATA_SCORES, check_data, score_parameters
 
 __all__ = [
     "DATA_SCORES",
@@ -24,11 +25,15 @@ __all__ = [
     "ScoreInputs",
     "ScoreResult",
     "batch_size",
+    "check_data",
     "compute_scores",
+    "detached_to",
     "examples",
     "is_score",
+    "loss_of",
     "magnitude_scores",
     "movement_scores",
+    "preserved",
     "register_score",
     "score_names",
     "score_parameters",

@@ -4,6 +4,7 @@ from .base_check import verify_base
 from .callback import ChildTuningCallback
 from .config import ChildTuningConfig
 from .diagnosis import SelectionDiagnosis, diagnose_selection, selection_report
+from .head import fit_head
 from .inspection import get_child_network, get_deltas
 from .layer import ChildTuningLayer
 from .learning_rate import suggest_learning_rate
@@ -21,6 +22,7 @@ __all__ = [
     "SelectionDiagnosis",
     "diagnose_selection",
     "estimate_memory",
+    "fit_head",
     "get_child_network",
     "get_deltas",
     "select_child_network",

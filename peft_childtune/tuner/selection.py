@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError, TargetError
@@ -19,11 +17,11 @@ from ..ranks import agree, failing_together, is_first_rank, unwrapped, world_siz
 from ..scores import ScoreInputs, compute_scores
 from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
 from ..weights import sampled_digest
+from .base_alone import BaseAlone, heads_of
 from .config import ChildTuningConfig
 from .diagnosis import selection_report, warnings_of
 from .inspection import config_of, groups_of
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
-from .layer import ChildTuningLayer
 from .learning_rate import SQUARED, gradient_share
 from .offload import onloaded, out_of_reach
 from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
@@ -66,7 +64,7 @@ def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningC
         return select_random_children(
             grids=grids, density=config.density, scope=config.scope, groups=groups, seed=config.seed
         )
-    with _BaseAlone(model, adapter_name):
+    with BaseAlone(model, adapter_name):
         scores = compute_scores(config.score, ScoreInputs(model, _parameters(model, adapter_name))).scores
     return select_children(scores, grids=grids, density=config.density, scope=config.scope, groups=groups)
 
@@ -86,42 +84,6 @@ def _check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningCon
                 f"{name}: adapter {adapter_name!r} has been trained already, and another child would throw its delta "
                 "away; merge it (`merge_and_unload`), delete it, or select for a new adapter."
             )
-
-
-class _BaseAlone:
-    """Every adapter of a model switched off and unmerged, heads those of one adapter; and back to how it was."""
-
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
-        self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        heads = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
-        self.heads = [head for head in heads if adapter_name in head.modules_to_save]
-        self.adapter_name = adapter_name
-
-    def __enter__(self) -> None:
-        self.before = [layer._disable_adapters for layer in self.layers]
-        self.active = [head._active_adapter for head in self.heads]
-        children = [layer for layer in self.layers if isinstance(layer, ChildTuningLayer)]
-        self.merged = [(layer, list(layer.merged_adapters)) for layer in children if layer.merged]
-        for layer, _ in self.merged:
-            layer.unmerge()
-        for layer in self.layers:
-            layer._disable_adapters = True
-        for head in self.heads:
-            head._active_adapter = [self.adapter_name]
-
-    def __exit__(self, *_: object) -> None:
-        for layer, flag in zip(self.layers, self.before, strict=True):
-            layer._disable_adapters = flag
-        for head, active in zip(self.heads, self.active, strict=True):
-            head._active_adapter = active
-        for layer, merged in self.merged:
-            layer.merge(adapter_names=merged)
-
-
-def _heads(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """Return what an adapter trains whole: fresh heads in its `modules_to_save`."""
-    kept = f".modules_to_save.{adapter_name}."
-    return {name: p for name, p in model.named_parameters() if kept in f".{name}" and p.is_floating_point()}
 
 
 def select_child_network(
@@ -209,11 +171,11 @@ def select_child_network(
                     f'score="{config.score}" looks at data: call select_child_network(model, dataloader); '
                     '"magnitude" and "random" do not.'
                 )
-            with _BaseAlone(model, adapter_name):
+            with BaseAlone(model, adapter_name):
                 inputs = ScoreInputs(
                     model,
                     _parameters(model, adapter_name),
-                    heads=_heads(model, adapter_name),
+                    heads=heads_of(model, adapter_name),
                     dataloader=without_repeats(dataloader),
                     num_batches=num_batches,
                     loss_fn=loss_fn,

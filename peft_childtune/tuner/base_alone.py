@@ -1,0 +1,47 @@
+"""The base model by itself, under its adapters, and the head that one of them trains."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .layer import ChildTuningLayer
+
+__all__ = ["BaseAlone", "heads_of"]
+
+
+class BaseAlone:
+    """Every adapter of a model switched off and unmerged, heads those of one adapter; and back to how it was."""
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        heads = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        self.heads = [head for head in heads if adapter_name in head.modules_to_save]
+        self.adapter_name = adapter_name
+
+    def __enter__(self) -> None:
+        self.before = [layer._disable_adapters for layer in self.layers]
+        self.active = [head._active_adapter for head in self.heads]
+        children = [layer for layer in self.layers if isinstance(layer, ChildTuningLayer)]
+        self.merged = [(layer, list(layer.merged_adapters)) for layer in children if layer.merged]
+        for layer, _ in self.merged:
+            layer.unmerge()
+        for layer in self.layers:
+            layer._disable_adapters = True
+        for head in self.heads:
+            head._active_adapter = [self.adapter_name]
+
+    def __exit__(self, *_: object) -> None:
+        for layer, flag in zip(self.layers, self.before, strict=True):
+            layer._disable_adapters = flag
+        for head, active in zip(self.heads, self.active, strict=True):
+            head._active_adapter = active
+        for layer, merged in self.merged:
+            layer.merge(adapter_names=merged)
+
+
+def heads_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """Return what an adapter trains whole: fresh heads in its `modules_to_save`."""
+    kept = f".modules_to_save.{adapter_name}."
+    return {name: p for name, p in model.named_parameters() if kept in f".{name}" and p.is_floating_point()}

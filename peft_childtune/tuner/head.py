@@ -1,0 +1,130 @@
+"""Fitting a fresh head on the frozen base, before weights are scored by its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import ScoreError, SelectionError
+from ..ranks import failing_together, is_first_rank, sum_over_ranks_, unwrapped
+from ..scores import batch_size, check_data, detached_to, loss_of, preserved
+from .base_alone import BaseAlone, heads_of
+from .inspection import config_of
+from .shards import without_repeats
+
+__all__ = ["fit_head"]
+
+
+def fit_head(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    epochs: int = 3,
+    learning_rate: float = 3e-3,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    adapter_name: str = "default",
+    show_progress: bool = True,
+) -> float:
+    """Train an adapter's `modules_to_save`, and nothing else, on the frozen base in eval mode.
+
+    A fresh head is random, and so are the gradients that come through it: two heads share only two thirds of a Fisher
+    child. Call this before `select_child_network`. Training then also begins with a head that fits.
+
+    With several processes this is a collective: each reads its own share of the data, the steps are those of all.
+
+    Args:
+        model: a model with an adapter that has `modules_to_save`, as PEFT gives every SEQ_CLS and TOKEN_CLS model.
+        dataloader: batches for `model(**batch).loss`, or for `loss_fn`; read `epochs` times.
+        epochs: how often.
+        learning_rate: of AdamW, without warm-up or decay.
+        loss_fn: called as `loss_fn(model, batch)`; returns the mean loss of the batch.
+        adapter_name: whose head.
+        show_progress: show a progress bar, on the first process.
+
+    Returns:
+        The mean loss of the last epoch.
+
+    Raises:
+        SelectionError: no such adapter, or it trains no module whole; or another process has failed.
+        ScoreError: the data give no finite loss, or none that depends on the head.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_childtune import ChildTuningConfig
+        >>> base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> config = ChildTuningConfig(target_modules=["0"], modules_to_save=["1"])
+        >>> model = get_peft_model(base, config)
+        >>> x = torch.randn(8, 4)
+        >>> batches = [(x, (x[:, 0] > 0).long())]
+        >>> loss_fn = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> fit_head(model, batches, epochs=50, loss_fn=loss_fn, show_progress=False) < 0.7
+        True
+
+    Source: linear probing before fine-tuning, Kumar et al. 2022 (arXiv:2202.10054).
+    """
+    with failing_together():
+        model = unwrapped(model)
+        config_of(model, adapter_name)
+        check_data(dataloader, num_batches=None)
+        heads = list(heads_of(model, adapter_name).values())
+        if not heads:
+            raise SelectionError(
+                f"adapter {adapter_name!r} trains no module whole, so there is no head to fit; name it in "
+                "`modules_to_save`, or go on to `select_child_network`."
+            )
+    home = next(model.parameters()).device
+    loss = float("nan")
+    with BaseAlone(model, adapter_name), preserved(model, home):
+        for head in heads:
+            head.requires_grad = True
+        optimizer = torch.optim.AdamW(heads, lr=learning_rate, weight_decay=0.0)
+        hidden = not (show_progress and is_first_rank())
+        for _ in tqdm(range(epochs), desc="Fitting the head", unit="epoch", disable=hidden):
+            loss = _epoch(model, heads, optimizer, without_repeats(dataloader), loss_fn=loss_fn, home=home)
+    return loss
+
+
+def _epoch(
+    model: nn.Module,
+    heads: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    dataloader: Iterable[Any],
+    *,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+    home: torch.device,
+) -> float:
+    """Take a step for each batch, of all processes together as long as one of them has data; return the mean loss."""
+    batches = iter(dataloader)
+    total = torch.zeros(2, dtype=torch.float64)  # losses times examples, and examples
+    for index in range(1 << 62):
+        with failing_together():
+            batch = next(batches, None)
+            tally = torch.zeros(2, dtype=torch.float64)
+            if batch is not None:
+                batch = detached_to(batch, home)
+                loss = loss_of(model, batch, loss_fn=loss_fn, index=index)
+                if not torch.isfinite(loss) or not loss.requires_grad:
+                    raise ScoreError(
+                        f"batch {index}: the loss is {float(loss.detach())}, or does not depend on the head; look at "
+                        "the labels and at `modules_to_save`."
+                    )
+                size = batch_size(batch) or 1
+                (loss * size).backward()  # type: ignore[no-untyped-call]
+                tally += torch.tensor([float(loss.detach()) * size, size])
+        sum_over_ranks_(tally)
+        if not tally[1]:
+            break
+        for head in heads:
+            head.grad = torch.zeros_like(head) if head.grad is None else head.grad
+            sum_over_ranks_(head.grad)
+            head.grad /= float(tally[1])
+        optimizer.step()
+        optimizer.zero_grad()
+        total += tally
+    if not total[1]:
+        raise ScoreError("The dataloader yields no batch; give one that can be read once for each epoch.")
+    return float(total[0] / total[1])

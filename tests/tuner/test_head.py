@@ -1,0 +1,102 @@
+"""Fitting the head: what plain training of the head alone gives, and nothing else moves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from peft_childtune import ChildTuningConfig, ScoreError, SelectionError, fit_head, select_child_network
+
+
+def _base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+
+
+def _wrapped(**options):
+    return get_peft_model(_base(), ChildTuningConfig(target_modules=["0"], **({"modules_to_save": ["2"]} | options)))
+
+
+def _loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _batches():
+    torch.manual_seed(1)
+    return [(torch.randn(4, 6), torch.randint(2, (4,))) for _ in range(3)]
+
+
+def _head(model):
+    return model.base_model.model[2].modules_to_save["default"]
+
+
+def test_the_head_is_trained_as_a_plain_loop_trains_it():
+    model, plain, batches = _wrapped(), _base().eval(), _batches()
+    found = fit_head(model, batches, epochs=2, learning_rate=1e-2, loss_fn=_loss, show_progress=False)
+    optimizer = torch.optim.AdamW(plain[2].parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        losses = []
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = _loss(plain, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    torch.testing.assert_close(_head(model).weight.detach(), plain[2].weight.detach())
+    torch.testing.assert_close(_head(model).bias.detach(), plain[2].bias.detach())
+    assert found == pytest.approx(sum(losses) / 3, rel=1e-5)
+
+
+def test_nothing_but_the_head_moves_and_flags_stay():
+    model = _wrapped().train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    fit_head(model, _batches(), loss_fn=_loss, show_progress=False)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".modules_to_save.default." in name}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_the_child_follows_the_fitted_head():
+    children = []
+    for fits in (False, True):
+        model = _wrapped(density=0.3)
+        if fits:
+            fit_head(model, _batches(), epochs=30, learning_rate=0.1, loss_fn=_loss, show_progress=False)
+        children.append(select_child_network(model, _batches(), loss_fn=_loss, show_progress=False))
+    assert children[0] != children[1]
+
+
+def test_batches_of_different_sizes_each_take_a_step_of_their_own_mean():
+    model, twin = _wrapped(), copy.deepcopy(_wrapped())
+    short = [(x[:1], y[:1]) for x, y in _batches()[:1]]
+    fit_head(model, [*_batches(), *short], epochs=1, loss_fn=_loss, show_progress=False)
+    fit_head(twin, [*_batches(), *[(x.repeat(3, 1), y.repeat(3)) for x, y in short]], epochs=1, loss_fn=_loss)
+    torch.testing.assert_close(_head(model).weight, _head(twin).weight)
+
+
+def test_an_adapter_without_a_head_is_refused():
+    with pytest.raises(SelectionError, match="modules_to_save"):
+        fit_head(_wrapped(modules_to_save=None), _batches(), loss_fn=_loss)
+
+
+@pytest.mark.parametrize(
+    ("data", "loss", "message"),
+    [
+        ([], _loss, "no batch"),
+        (iter(_batches()), _loss, "no batch"),
+        (3, _loss, "not an iterable"),
+        (_batches(), lambda m, b: torch.ones(()), "does not depend on the head"),
+        (_batches(), lambda m, b: _loss(m, b) * float("nan"), "the loss is nan"),
+    ],
+    ids=["empty", "used up", "number", "constant", "nan"],
+)
+def test_data_that_fit_nothing_are_refused(data, loss, message):
+    with pytest.raises(ScoreError, match=message):
+        fit_head(_wrapped(), data, loss_fn=loss, show_progress=False)
