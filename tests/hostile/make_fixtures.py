@@ -166,7 +166,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         r"layers\.0\.0\.weight",
     ),
     "density_as_text": (_fields(density="0.3"), "ConfigError", "^density='0.3' "),
-    "score_unknown": (_fields(score="taste"), "ConfigError", "^score='taste' "),
+    "score_unknown": (_fields(score="taste"), "IntegrityError", "^adapter_config.json: its fields are not"),
     "evil_pattern": (_fields(target_modules="(a+)+b"), "ConfigError", "^target_modules=.*list the names"),
     "mixed_pair": (_mixed, "IntegrityError", r"layers\.0\.0\.(weight|bias)"),
     "pickle": (_pickled, "UnsupportedError", "is no safetensors file"),
