@@ -8,8 +8,10 @@ of the roots of the Fisher information at the start of training, whatever the ch
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -24,8 +26,11 @@ from transformers.utils import logging  # noqa: E402
 from peft_childtune.scores import score_parameters  # noqa: E402
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print and save the table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tasks", nargs="+", help="of development; default: all")
+    options = p.parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     protocol = read_protocol()
@@ -38,7 +43,8 @@ def main() -> None:
         if name in rates and method.kind == "child" and "resample" not in method.options
     }
     found: dict[str, list[float]] = {name: [] for name in methods}
-    for task in phase.tasks:
+    tasks = options.tasks or phase.tasks
+    for task in tasks:
         for name, method in sorted(methods.items(), key=lambda item: item[1].fits_head):
             base, parameters, batches, child = child_of(method, task=task, seed=seed)
             if (task, method.fits_head) not in _roots:
@@ -50,7 +56,9 @@ def main() -> None:
             found[name].append(kept / sum(float(each.sum()) for each in roots.values()))
     shares = {name: sum(each) / len(each) for name, each in found.items()}
     rows = {name: {"share": shares[name], "rate": rates[name]} for name in methods}
-    (RESULTS / "shares.json").write_text(json.dumps({"seed": seed, "full": rates.get("full"), "rows": rows}, indent=1))
+    (RESULTS / "shares.json").write_text(
+        json.dumps({"seed": seed, "tasks": tasks, "full": rates.get("full"), "rows": rows}, indent=1)
+    )
     for name, row in rows.items():
         print(f"{name:28s} share {row['share']:.3f}  rate {row['rate']:.0e}  product {row['share'] * row['rate']:.1e}")
 
