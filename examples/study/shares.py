@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print and save the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tasks", nargs="+", help="of development; default: all")
+    p.add_argument("--methods", nargs="+", help="default: all children that ran")
     options = p.parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -40,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {
         name: method
         for name, method in protocol.methods.items()
-        if name in rates and method.kind == "child" and "resample" not in method.options
+        if name in rates
+        and name in (options.methods or rates)
+        and method.kind == "child"
+        and "resample" not in method.options
     }
     found: dict[str, list[float]] = {name: [] for name in methods}
     tasks = options.tasks or phase.tasks

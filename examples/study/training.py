@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 import warnings
@@ -95,6 +96,8 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
     seconds = time.perf_counter() - start
     predictions = _predict(model, test, device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    del model
+    gc.collect()  # the wrapped forward and its model refer to each other
     labels = [record["labels"] for record in test]
     return Outcome(predictions, labels, trained, seconds, loss)
 
