@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from peft_childtune import ChildTuningConfig, select_child_network
+from peft_childtune import ChildTuningConfig, fit_head, select_child_network
 
 GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
     "cola": ("sentence",),
@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--warmup", type=float, default=0.1, help="share of all steps")
     training.add_argument("--max-grad-norm", type=float, default=1.0)
     training.add_argument("--selection-rows", type=int, default=None, help="rows to choose the child on; default: all")
+    training.add_argument("--fit-head", action="store_true", help="fit the head on the frozen base before choosing")
     training.add_argument("--output", type=Path, default=Path("out"))
     add_flags(p)
     child = p.add_argument_group("child network (ChildTuningConfig; its seed is the run's seed)")
@@ -163,9 +164,12 @@ def run(args: argparse.Namespace, accelerator: Accelerator, rows: tuple[Rows, Ro
     config = child_config(args, seed)
     if args.method == "child":
         model = get_peft_model(model.to(accelerator.device), config)
+        rows_to_see: Any = DataLoader(train[: args.selection_rows], args.batch_size, collate_fn=collate)
+        rows_to_see = accelerator.prepare_data_loader(rows_to_see)
+        if args.fit_head:
+            fit_head(model, rows_to_see, show_progress=False)
         if config.needs_data:
-            rows_to_see: Any = DataLoader(train[: args.selection_rows], args.batch_size, collate_fn=collate)
-            select_child_network(model, accelerator.prepare_data_loader(rows_to_see), show_progress=False)
+            select_child_network(model, rows_to_see, show_progress=False)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],

@@ -75,7 +75,7 @@ def test_the_table_ends_in_mean_and_sample_standard_deviation():
 
 
 def test_two_seeds_are_trained_and_each_saved_adapter_loads(encoder, table_file, tmp_path, capsys):
-    line = f"--model {encoder} --dataset {table_file} --test-rows 24 --epochs 1 --density 0.05 --seeds 0 1"
+    line = f"--model {encoder} --dataset {table_file} --test-rows 24 --epochs 1 --density 0.05 --seeds 0 1 --fit-head"
     text_classification.main([*line.split(), "--output", str(tmp_path)])
     assert "| sd |" in capsys.readouterr().out
     for seed in (0, 1):
