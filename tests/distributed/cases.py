@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from peft_childtune import (
     ChildTuningCallback,
     ChildTuningConfig,
+    fit_head,
     get_child_network,
     get_deltas,
     ranks,
@@ -133,6 +134,19 @@ def uneven_shards(folder: Path) -> dict[str, tuple[str, int]]:
         prepared = accelerator.prepare(DataLoader(whole, batch_size, collate_fn=collate))
         found[f"fisher prepared {batch_size}"] = _digest(prepared, "fisher")
     return found
+
+
+@case
+def fitted_head(folder: Path) -> dict[str, Any]:
+    """Fit the head on 23 examples, six a step: the last step has five, which do not divide evenly."""
+    rank, world = place()
+    steps = [rows()[i : i + 6] for i in range(0, 23, 6)]
+    own = [[row for number, row in enumerate(step) if number % world == rank] for step in steps]
+    model = _selectable()
+    loss = fit_head(model, [collate(step) for step in own], epochs=2, show_progress=False)
+    none_here = fit_head(model, [collate(step) for step in steps] if rank == 0 else [], show_progress=False)
+    heads = {name: p.detach() for name, p in model.named_parameters() if ".modules_to_save." in name}
+    return {"losses": (loss, none_here), "heads": heads}
 
 
 @case

@@ -23,7 +23,7 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    names = [*(f"one_{kind}" for kind in KINDS), *TRAINERS, "uneven_shards", "fsdp2_evaluation"]
+    names = [*(f"one_{kind}" for kind in KINDS), *TRAINERS, "uneven_shards", "fitted_head", "fsdp2_evaluation"]
     return {name: found[0] for name, found in run_cases(names, 1, tmp_path_factory.mktemp("one")).items()}
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, list[Any]]:
     names = [f"{how}_{kind}" for how in HOW for kind in KINDS]
-    names += ["ddp_traffic", "uneven_shards", "sampled_shards", "dispatched_shards", "progress_bars"]
+    names += ["ddp_traffic", "uneven_shards", "fitted_head", "sampled_shards", "dispatched_shards", "progress_bars"]
     names += ["one_fails", "one_comes_late", "divided_children", "own_groups", "fsdp2_evaluation", "fsdp2_units"]
     # these three change what accelerate takes the processes for
     names += [*TRAINERS, "fsdp2_bf16", *CHECKPOINTS, "fsdp2_saving", *SHARDED_TRAINERS, "trainer_sharded_checkpoint"]
@@ -144,6 +144,16 @@ def test_uneven_shards_choose_the_child_of_one_process(processes, one, request):
     for run in request.getfixturevalue(processes)["uneven_shards"]:
         assert run == one["uneven_shards"]
         assert {examples for _, examples in run.values()} == {23}
+
+
+def test_a_head_is_fitted_by_the_steps_of_all_processes_together(two, one):
+    for run in two["fitted_head"]:
+        assert run["losses"] == pytest.approx(one["fitted_head"]["losses"], rel=1e-5)
+        assert run["heads"].keys() == one["fitted_head"]["heads"].keys()
+        for name, head in run["heads"].items():
+            assert torch.equal(head, two["fitted_head"][0]["heads"][name])
+            # float32 sums in another order, after eight steps of Adam
+            torch.testing.assert_close(head, one["fitted_head"]["heads"][name], rtol=1e-4, atol=1e-5)
 
 
 def test_examples_of_samplers_that_leave_some_out_are_counted_once(two):
