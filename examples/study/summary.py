@@ -22,6 +22,7 @@ from protocol import best_rates, read_protocol  # noqa: E402
 from run import RESULTS, read_lines  # noqa: E402
 
 RESAMPLES = 2000
+FEWEST_SEEDS = 3  # for an interval; below five it is somewhat too narrow
 FAILED = 0.02  # a run fails if it is not this much better than always saying the most frequent label
 Line = dict[str, Any]
 Runs = dict[tuple[str, int], Line]  # by task and seed
@@ -29,15 +30,16 @@ Runs = dict[tuple[str, int], Line]  # by task and seed
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy of one method minus that of another, in points, with a 95 % interval; None where runs are missing."""
+    """Accuracy of one method minus that of another, in points, with a 95 % interval."""
 
     mean: float
     low: float
     high: float
+    seeds: int  # of the task that has fewest
 
     def __str__(self) -> str:
-        """Return it as a table shows it."""
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        """Return it as a table shows it; without the interval where one or two seeds tell nothing of their spread."""
+        return f"{self.mean:+.1f}" + (f" [{self.low:+.1f}, {self.high:+.1f}]" if self.seeds >= FEWEST_SEEDS else "")
 
 
 def chosen(lines: Sequence[Line], rates: Mapping[str, float]) -> dict[str, Runs]:
@@ -64,7 +66,7 @@ def difference(a: Runs, b: Runs, *, resamples: int = RESAMPLES) -> Difference | 
     if not shared:
         return None
     rng = np.random.default_rng(0)
-    points, drawn = [], []
+    points, drawn, counts = [], [], []
     for task in sorted({task for task, _ in shared}):
         seeds = [seed for name, seed in shared if name == task]
         if any(a[task, s]["labels"] != b[task, s]["labels"] for s in seeds):
@@ -73,12 +75,13 @@ def difference(a: Runs, b: Runs, *, resamples: int = RESAMPLES) -> Difference | 
         gain = np.stack(pairs) * 100.0
         points.append(gain.mean())
         count, rows = gain.shape
+        counts.append(count)
         resampled = [
             gain[rng.integers(count, size=count)][:, rng.integers(rows, size=rows)].mean() for _ in range(resamples)
         ]
         drawn.append(np.array(resampled))
     low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    return Difference(float(np.mean(points)), float(low), float(high))
+    return Difference(float(np.mean(points)), float(low), float(high), min(counts))
 
 
 def failures(runs: Runs) -> int:

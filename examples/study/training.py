@@ -31,7 +31,8 @@ from transformers import (
     set_seed,
 )
 
-from peft_childtune import ChildNetwork, ChildTuningConfig, fit_head, get_child_network, select_child_network
+from peft_childtune import ChildTuningConfig, fit_head, get_child_network, select_child_network
+from peft_childtune.scores import score_parameters
 
 BATCH, EPOCHS, MAX_LENGTH, WARMUP = 16, 4, 64, 0.1
 Record = dict[str, Any]
@@ -102,19 +103,16 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
     return Outcome(predictions, labels, trained, seconds, loss)
 
 
-def child_of(
-    method: Method, *, task: str, seed: int
-) -> tuple[nn.Module, dict[str, nn.Parameter], list[Batch], ChildNetwork]:
-    """Return the base that a method's run begins with, what its child covers, the batches, and the child."""
+def fisher_of(task: str, *, seed: int) -> dict[str, Tensor]:
+    """Return the Fisher information of every covered weight of a task's fresh model."""
     train, _, num_labels = _data(task, seed)
     set_seed(seed)
     model = _base(num_labels)
-    batches = _batches(train, "cpu")
-    candidates.remember((task, seed, False, method.fits_head))
-    wrapped = _wrapped(model, method, batches, seed)
-    child = get_child_network(wrapped)
-    base = wrapped.unload()  # type: ignore[operator]
-    return base, {name: base.get_parameter(name) for name in child.indices}, batches, child
+    covered = get_peft_model(model, ChildTuningConfig(task_type="SEQ_CLS", score="random", density=0.5))
+    names = get_child_network(covered).indices
+    base = covered.unload()  # type: ignore[operator]
+    parameters = {name: base.get_parameter(name) for name in names}
+    return score_parameters(base, parameters, _batches(train, "cpu"), show_progress=False).scores
 
 
 @lru_cache(maxsize=4)

@@ -113,19 +113,26 @@ def test_the_interval_covers_the_true_difference_about_as_often_as_it_says(study
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
-        labels = "0" * 300
-        runs = []
-        for chance in (0.80, 0.75):
-            right = rng.random((6, 300)) < chance
-            runs.append(
-                {
-                    ("t", s): _line(predictions="".join("01"[not r] for r in row), labels=labels)
-                    for s, row in enumerate(right)
-                }
-            )
-        found = study["summary"].difference(*runs, resamples=200)
+        methods: list[dict[tuple[str, int], object]] = [{}, {}]
+        for task in "tuvw":
+            for seed in range(5):
+                for runs, chance in zip(methods, (0.80, 0.75), strict=True):
+                    right = rng.random(200) < chance + 0.03 * rng.standard_normal()  # a good seed, or a bad one
+                    said = "".join("10"[each] for each in right.astype(int))
+                    runs[task, seed] = _line(predictions=said, labels="0" * 200)
+        found = study["summary"].difference(*methods, resamples=200)
         covered += found.low <= 5.0 <= found.high
-    assert covered >= 90  # of 100; rows and seeds are both drawn again, which is on the safe side
+    assert covered >= 90  # of 100
+
+
+def test_methods_that_were_tested_on_different_rows_are_not_compared(study):
+    with pytest.raises(ValueError, match="t: .*different rows"):
+        study["summary"].difference({("t", 0): _line()}, {("t", 0): _line(labels="1111")})
+
+
+def test_one_or_two_seeds_give_no_interval(study):
+    runs = [{("t", seed): _line(predictions=said) for seed in range(2)} for said in ("0101", "0100")]
+    assert str(study["summary"].difference(*runs)) == "+25.0"
 
 
 def test_a_run_that_says_the_most_frequent_label_has_failed(study):
@@ -141,7 +148,7 @@ def test_runs_in_both_precisions_are_put_beside_each_other(study):
 
 def test_the_table_has_a_row_for_each_method_that_has_run_on_all_tasks(study):
     def runs(predictions):
-        return {(task, seed): _line(task=task, predictions=predictions) for task in "tu" for seed in (0, 1)}
+        return {(task, seed): _line(task=task, predictions=predictions) for task in "tu" for seed in range(3)}
 
     methods = {"full": runs("0101"), "random-2": runs("0100"), "half": {("t", 0): _line()}}
     rows = study["summary"].table(methods, tasks=["t", "u"], order=["half", "full", "random-2"]).splitlines()[2:]
