@@ -19,7 +19,7 @@ from .install import grids_of
 
 __all__ = ["SelectionDiagnosis", "diagnose_selection", "selection_report", "warnings_of"]
 
-_TAKES_OVER = 0.25  # of the child, in one tensor
+_TAKES_OVER = 0.5  # of the child, in one tensor
 _TIMES_ITS_SHARE = 5  # and so many times the tensor's share of the covered weights
 _FEW = 100  # entries of a child, below which such a share is chance
 

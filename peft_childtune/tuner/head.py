@@ -31,8 +31,8 @@ def fit_head(
 ) -> float:
     """Train an adapter's `modules_to_save`, and nothing else, on the frozen base in eval mode.
 
-    A fresh head is random, and so are the gradients that come through it: another head chooses another child. Call this
-    before `select_child_network`. Training then also begins with a head that fits.
+    A fresh head is random, and so are the gradients that come through it: another head chooses another child. Call
+    this before `select_child_network`. Training then also begins with a head that fits.
 
     With several processes this is a collective: each reads its own share of the data, the steps are those of all.
 

@@ -13,7 +13,8 @@ import assets
 import numpy as np
 import pytest
 
-from peft_childtune.tuner.config import Granularity, Mode, SaveDtype, Scope, Score
+from peft_childtune.scores.registry import _BUILT_IN
+from peft_childtune.tuner.config import Granularity, Mode, SaveDtype, Scope
 
 # Trainer's own dataloaders, on a machine without an accelerator
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
@@ -58,8 +59,14 @@ def test_the_readme_names_the_test_command_that_ci_runs() -> None:
 
 @pytest.mark.parametrize(
     ("option", "choices"),
-    [("mode", Mode), ("score", Score), ("scope", Scope), ("granularity", Granularity), ("save_dtype", SaveDtype)],
+    [
+        ("mode", get_args(Mode)),
+        ("score", tuple(_BUILT_IN)),
+        ("scope", get_args(Scope)),
+        ("granularity", get_args(Granularity)),
+        ("save_dtype", get_args(SaveDtype)),
+    ],
 )
 def test_the_readme_lists_every_choice_of_an_option(option: str, choices: Any) -> None:
     row = next(line for line in README.splitlines() if line.startswith(f"| `{option}` |"))
-    assert all(choice in row for choice in get_args(choices))
+    assert all(f"`{choice}`" in row or f'`"{choice}"`' in row for choice in choices)

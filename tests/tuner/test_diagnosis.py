@@ -78,7 +78,7 @@ def _shapes(model):
     ("kept", "warned"),
     [
         ({"a": 60, "b": 40}, True),
-        ({"a": 24, "b": 76}, False),
+        ({"a": 48, "b": 52}, False),
         ({"a": 0, "b": 100}, False),
         ({"a": 0, "b": 0}, False),
         ({"a": 6, "b": 4}, False),  # chance
