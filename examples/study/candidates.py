@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -131,16 +133,10 @@ def small(inputs: ScoreInputs) -> Scores:
     return {name: -w.detach().abs().float() for name, w in inputs.parameters.items()}
 
 
-register_score("known fisher", lambda inputs: known(inputs, "fisher"))
-register_score("known gradient", lambda inputs: known(inputs, "gradient"))
-register_score("relative", relative)
-register_score("saliency", saliency)
-register_score("balanced", balanced)
-register_score("shared", shared)
-register_score("small_first", small_first)
-register_score("drawn", drawn)
-register_score("consistent", consistent)
-register_score("steady", steady)
-register_score("allotted", allotted)
-register_score("biased", biased, needs_data=False)
-register_score("small", small, needs_data=False)
+_OF_DATA = (relative, saliency, balanced, shared, small_first, drawn, consistent, steady, allotted)
+for _score in _OF_DATA:
+    register_score(_score.__name__, _score, replace=True)
+for _score in (biased, small):
+    register_score(_score.__name__, _score, needs_data=False, replace=True)
+for _name in ("fisher", "gradient"):
+    register_score(f"known {_name}", partial(known, score=_name), replace=True)

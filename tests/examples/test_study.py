@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from peft_childtune import ChildTuningConfig
+from peft_childtune.scores import registry
+
 HERE = Path(__file__).resolve().parents[2] / "examples" / "study"
 
 
@@ -30,6 +33,7 @@ def study():
         yield {name: _load(name) for name in ("protocol", "summary", "run")}
     finally:
         sys.path.remove(str(HERE))
+        registry._registered.clear()
         for name in set(sys.modules) - before:
             if str(getattr(sys.modules[name], "__file__", "")).startswith(str(HERE)):
                 del sys.modules[name]
@@ -51,7 +55,6 @@ def test_development_and_confirmation_share_no_task_and_are_large_enough(study):
 
 def test_every_method_of_the_protocol_can_be_built(study):
     protocol = study["protocol"].read_protocol()
-    from peft_childtune import ChildTuningConfig
 
     for name, method in protocol.methods.items():
         assert protocol.grids[name], name
