@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from matplotlib.figure import Figure
-
-
-class _Interval(Protocol):
-    mean: float
-    low: float
-    high: float
 
 
 def draw_differences(differences: Mapping[str, Any], path: Path, *, title: str) -> None:

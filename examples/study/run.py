@@ -1,6 +1,6 @@
 """Run the study: every run of a phase that its result file does not hold yet.
 
-    python examples/study/run.py development                      # about ... hours on two cores
+    python examples/study/run.py development                      # about an hour and a half on two cores
     python examples/study/run.py development --methods random-2 fisher-row-2
     python examples/study/run.py confirmation                     # with the learning rates that development chose
 

@@ -6,7 +6,7 @@ import gc
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,7 @@ import assets
 import candidates
 import numpy as np
 import torch
-from data import tokenize
+from data import by_length, tokenize
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -91,7 +91,7 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
     if bf16:  # around each forward: one context for all of them would keep the first step's weights in bf16
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     candidates.remember((task, seed, bf16, method.fits_head))
-    model = _wrapped(model, method, _batches(train, device), seed)
+    model = _wrapped(model, method, _batches(by_length(train), device), seed)
     start = time.perf_counter()
     loss = _train(model, train, learning_rate, method.weight_decay, epochs=epochs, seed=seed, device=device)
     seconds = time.perf_counter() - start
@@ -112,7 +112,7 @@ def fisher_of(task: str, *, seed: int) -> dict[str, Tensor]:
     names = get_child_network(covered).indices
     base = covered.unload()  # type: ignore[operator]
     parameters = {name: base.get_parameter(name) for name in names}
-    return score_parameters(base, parameters, _batches(train, "cpu"), show_progress=False).scores
+    return score_parameters(base, parameters, _batches(by_length(train), "cpu"), show_progress=False).scores
 
 
 @lru_cache(maxsize=4)
@@ -133,17 +133,15 @@ def _base(num_labels: int) -> nn.Module:
 
 
 def _batches(records: Sequence[Record], device: str, *, size: int = BATCH) -> list[Batch]:
-    """Return batches of rows of similar length."""
-    ordered = sorted(records, key=lambda record: len(record["input_ids"]))
+    """Return the records in batches, in their order."""
     collate = DataCollatorWithPadding(_tokenizer())
-    return [collate(ordered[at : at + size]).to(device) for at in range(0, len(ordered), size)]
+    return [collate(records[at : at + size]).to(device) for at in range(0, len(records), size)]
 
 
 def _epoch(records: Sequence[Record], device: str, rng: random.Random) -> list[Batch]:
     """Return an epoch's batches: rows of similar length together, in an order and with neighbours of chance."""
     noisy = sorted(records, key=lambda record: len(record["input_ids"]) + rng.uniform(-3, 3))
-    collate = DataCollatorWithPadding(_tokenizer())
-    batches = [collate(noisy[at : at + BATCH]).to(device) for at in range(0, len(noisy), BATCH)]
+    batches = _batches(noisy, device)
     rng.shuffle(batches)
     return batches
 
@@ -206,13 +204,9 @@ def _predict(model: nn.Module, records: Sequence[Record], device: str) -> list[i
     """Return the predicted label of each row, in the rows' order."""
     model.eval()
     order = sorted(range(len(records)), key=lambda place: len(records[place]["input_ids"]))
-    found = [0] * len(records)
-    collate = DataCollatorWithPadding(_tokenizer())
-    for places in _chunks(order, 64):
-        batch = collate([records[place] for place in places]).to(device)
-        for place, label in zip(places, model(**batch).logits.argmax(-1).tolist(), strict=True):
-            found[place] = label
-    return found
+    batches = _batches([records[place] for place in order], device, size=64)
+    labels = [label for batch in batches for label in model(**batch).logits.argmax(-1).tolist()]
+    return [label for _, label in sorted(zip(order, labels, strict=True))]
 
 
 def _probe(train: list[Record], test: list[Record], *, strength: float, device: str) -> Outcome:
@@ -230,15 +224,8 @@ def _probe(train: list[Record], test: list[Record], *, strength: float, device: 
 def _features(encoder: nn.Module, records: Sequence[Record], device: str) -> np.ndarray:
     """Return the mean of the last hidden states over each text's own tokens, `(rows, width)`, in the rows' order."""
     found = []
-    collate = DataCollatorWithPadding(_tokenizer())
-    for places in _chunks(range(len(records)), 32):
-        batch = collate([records[place] for place in places]).to(device)
+    for batch in _batches(records, device, size=32):
         mask = batch["attention_mask"].unsqueeze(-1)
         hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         found.append(((hidden * mask).sum(1) / mask.sum(1)).float().cpu())
     return torch.cat(found).numpy()
-
-
-def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for at in range(0, len(places), size):
-        yield places[at : at + size]
