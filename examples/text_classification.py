@@ -41,6 +41,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from peft_childtune import ChildTuningConfig, fit_head, select_child_network
+from peft_childtune.scores import score_names
 
 GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
     "cola": ("sentence",),
@@ -58,7 +59,7 @@ GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
 CHILD_FLAGS: dict[str, dict[str, Any]] = {
     "mode": {"choices": ("task_driven", "task_free")},
     "density": {"type": float},
-    "score": {"choices": ("fisher", "fisher_batch", "gradient", "movement", "magnitude", "random")},
+    "score": {"choices": tuple(score_names())},
     "scope": {"choices": ("global", "layer", "tensor", "row")},
     "granularity": {"choices": ("element", "row", "column", "block")},
     "block_size": {"type": int},
@@ -164,8 +165,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator, rows: tuple[Rows, Ro
     config = child_config(args, seed)
     if args.method == "child":
         model = get_peft_model(model.to(accelerator.device), config)
-        rows_to_see: Any = DataLoader(train[: args.selection_rows], args.batch_size, collate_fn=collate)
-        rows_to_see = accelerator.prepare_data_loader(rows_to_see)
+        if args.fit_head or config.needs_data:
+            rows_to_see: Any = DataLoader(train[: args.selection_rows], args.batch_size, collate_fn=collate)
+            rows_to_see = accelerator.prepare_data_loader(rows_to_see)
         if args.fit_head:
             fit_head(model, rows_to_see, show_progress=False)
         if config.needs_data:
