@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -100,7 +101,7 @@ def _epoch(
     """Take a step for each batch, of all processes together as long as one of them has data; return the mean loss."""
     batches = iter(dataloader)
     total = torch.zeros(2, dtype=torch.float64)  # losses times examples, and examples
-    for index in range(1 << 62):
+    for index in itertools.count():
         with failing_together():
             batch = next(batches, None)
             tally = torch.zeros(2, dtype=torch.float64)

@@ -13,9 +13,8 @@ from ..sparse import TensorChild
 from ..untrusted import shown
 from .config import ChildTuningConfig
 
-__all__ = ["SQUARED", "gradient_share", "suggest_learning_rate"]
+__all__ = ["gradient_share", "suggest_learning_rate"]
 
-SQUARED = ("fisher", "fisher_batch")  # scores that are means of squared gradients
 _PART = 1 << 20  # entries at a time: another copy of the scores would be felt
 _BLIND = ("random", "magnitude")  # sources that know nothing of gradients, so that a share of them is the density
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, SelectionError, TargetError
 from ..network import ChildNetwork
 from ..ranks import agree, failing_together, is_first_rank, unwrapped, world_size
-from ..scores import ScoreInputs, compute_scores
+from ..scores import DATA_SCORES, ScoreInputs, compute_scores
 from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
 from ..weights import sampled_digest
 from .base_alone import BaseAlone, heads_of
@@ -22,7 +22,7 @@ from .config import ChildTuningConfig
 from .diagnosis import selection_report, warnings_of
 from .inspection import config_of, groups_of
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
-from .learning_rate import SQUARED, gradient_share
+from .learning_rate import gradient_share
 from .offload import onloaded, out_of_reach
 from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
 from .shards import without_repeats
@@ -193,8 +193,8 @@ def select_child_network(
             how = {"source": config.score}
             if result.num_batches:
                 how |= {"examples": result.num_examples, "loss": result.loss}
-            if config.score in SQUARED or config.score == "gradient":
-                how["gradient_share"] = gradient_share(result.scores, children, squared=config.score in SQUARED)
+            if config.score in DATA_SCORES:  # means of gradients, or of their squares
+                how["gradient_share"] = gradient_share(result.scores, children, squared=config.score != "gradient")
             del result  # the scores, as large as the covered weights in fp32
         # from an accelerator, where the scores were, to where all else of a child network is kept
         children = {name: _on_cpu(child) for name, child in children.items()}
