@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from peft_childtune import ScoreInputs, register_score
+from peft_childtune.scores.movement import movement_scores
 
 Scores = dict[str, Tensor]
 
@@ -119,6 +121,32 @@ def allotted(inputs: ScoreInputs) -> Scores:
     }
 
 
+def mixed(inputs: ScoreInputs) -> Scores:
+    """Return a random draw with chances in proportion to movement: chosen and random ones mixed (Gumbel top-k)."""
+    generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 31))
+    found = {}
+    for name, moved in movement_scores(inputs).scores.items():
+        uniform = torch.rand(moved.shape, generator=generator).clamp_(1e-12, 1 - 1e-7)
+        found[name] = (moved + 1e-38).log() - (-uniform.log()).log()
+    return found
+
+
+def movement_long(inputs: ScoreInputs) -> Scores:
+    """Return how far weights move in three epochs instead of one (LT-SFT trains to the end, Ansell et al. 2022)."""
+    return movement_scores(inputs, epochs=3).scores
+
+
+def movement_by_block(inputs: ScoreInputs) -> Scores:
+    """Return how far weights move in an epoch that trains their own block alone: a sixth of the optimizer's memory."""
+    blocks: dict[str, dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in inputs.parameters.items():
+        blocks.setdefault(name.split(".layer.")[1].split(".")[0], {})[name] = parameter
+    found: Scores = {}
+    for block in blocks.values():
+        found |= movement_scores(replace(inputs, parameters=block)).scores
+    return found
+
+
 def biased(inputs: ScoreInputs) -> Scores:
     """Return a random draw that takes all biases and norms first (BitFit, Ben Zaken et al. 2022)."""
     generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 31))
@@ -133,7 +161,10 @@ def small(inputs: ScoreInputs) -> Scores:
     return {name: -w.detach().abs().float() for name, w in inputs.parameters.items()}
 
 
-_OF_DATA = (relative, saliency, balanced, shared, small_first, drawn, consistent, steady, allotted)
+_OF_DATA = (
+    *(relative, saliency, balanced, shared, small_first, drawn, consistent, steady, allotted),
+    *(mixed, movement_long, movement_by_block),
+)
 for _score in _OF_DATA:
     register_score(_score.__name__, _score, replace=True)
 for _score in (biased, small):

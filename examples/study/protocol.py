@@ -67,7 +67,7 @@ def read_protocol(path: Path = FILE) -> Protocol:
     """Return what the file says."""
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
     defaults = raw["defaults"]
-    known = {"kind", "options", "weight_decay", "fits_head"}
+    known = set(Method.__annotations__)
     methods, grids = {}, {}
     for name, entry in raw["methods"].items():
         entry = defaults | entry

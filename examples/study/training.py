@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import gc
-import random
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import assets
 import candidates
 import numpy as np
 import torch
+from contrast import contrastive_loss
 from data import by_length, tokenize
+from loop import EPOCHS, MAX_LENGTH, Record, make_batches, predict, tokenizer, train
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from staged import chosen_after_warm_up, chosen_again
 from tasks import load
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    get_linear_schedule_with_warmup,
-    set_seed,
-)
+from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 
 from peft_childtune import ChildTuningConfig, fit_head, get_child_network, select_child_network
 from peft_childtune.scores import score_parameters
 
-BATCH, EPOCHS, MAX_LENGTH, WARMUP = 16, 4, 64, 0.1
-Record = dict[str, Any]
-Batch = dict[str, Tensor]
 _PEERS: dict[str, Any] = {"lora": LoraConfig, "shira": ShiraConfig, "supertuning": SupertuningConfig}
 _IN_BLOCKS = r".*\.layer\.\d+\..*(query|key|value|dense)"
 
@@ -51,12 +43,17 @@ class Method:
         options: of the child's configuration, or of the peer's.
         weight_decay: AdamW's; of a child it pulls towards the pretrained weights.
         fits_head: whether the head is fitted on the frozen base first, before anything is scored.
+        contrastive: whether the child is chosen by a loss without a head.
+        stage: when the child is chosen: `before` training; `warm`, after an epoch that is taken back; `again`, half of
+            it a second time after an epoch that is not.
     """
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.0
     fits_head: bool = False
+    contrastive: bool = False
+    stage: str = "before"
 
 
 @dataclass(frozen=True)
@@ -82,20 +79,22 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
         bf16: whether to compute in bf16 (autocast); weights and optimizer stay in fp32.
         epochs: over the training rows.
     """
-    train, test, num_labels = _data(task, seed)
+    rows, test, num_labels = _data(task, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if method.kind == "probe":
-        return _probe(train, test, strength=learning_rate, device=device)
+        return _probe(rows, test, strength=learning_rate, device=device)
     set_seed(seed)
     model = _base(num_labels).to(device)
     if bf16:  # around each forward: one context for all of them would keep the first step's weights in bf16
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     candidates.remember((task, seed, bf16, method.fits_head))
-    model = _wrapped(model, method, _batches(by_length(train), device), seed)
+    for_an_epoch = partial(train, records=rows, learning_rate=learning_rate, epochs=1, seed=seed, device=device)
+    model = _wrapped(model, method, rows, seed, device, for_an_epoch)
     start = time.perf_counter()
-    loss = _train(model, train, learning_rate, method.weight_decay, epochs=epochs, seed=seed, device=device)
+    left = epochs - (method.stage == "again")  # one of them is over
+    loss = train(model, rows, learning_rate, method.weight_decay, epochs=left, seed=seed, device=device)
     seconds = time.perf_counter() - start
-    predictions = _predict(model, test, device)
+    predictions = predict(model, test, device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     del model
     gc.collect()  # the wrapped forward and its model refer to each other
@@ -105,26 +104,21 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
 
 def fisher_of(task: str, *, seed: int) -> dict[str, Tensor]:
     """Return the Fisher information of every covered weight of a task's fresh model."""
-    train, _, num_labels = _data(task, seed)
+    rows, _, num_labels = _data(task, seed)
     set_seed(seed)
     model = _base(num_labels)
     covered = get_peft_model(model, ChildTuningConfig(task_type="SEQ_CLS", score="random", density=0.5))
     names = get_child_network(covered).indices
     base = covered.unload()  # type: ignore[operator]
     parameters = {name: base.get_parameter(name) for name in names}
-    return score_parameters(base, parameters, _batches(by_length(train), "cpu"), show_progress=False).scores
+    return score_parameters(base, parameters, make_batches(by_length(rows), "cpu"), show_progress=False).scores
 
 
 @lru_cache(maxsize=4)
 def _data(task: str, seed: int) -> tuple[list[Record], list[Record], int]:
     split = load(task, seed=seed)
-    train, test = (tokenize(rows, _tokenizer(), MAX_LENGTH) for rows in (split.train, split.test))
+    train, test = (tokenize(rows, tokenizer(), MAX_LENGTH) for rows in (split.train, split.test))
     return train, test, split.num_labels
-
-
-@lru_cache(maxsize=1)
-def _tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(assets.encoder_dir())
 
 
 def _base(num_labels: int) -> nn.Module:
@@ -132,21 +126,14 @@ def _base(num_labels: int) -> nn.Module:
     return model
 
 
-def _batches(records: Sequence[Record], device: str, *, size: int = BATCH) -> list[Batch]:
-    """Return the records in batches, in their order."""
-    collate = DataCollatorWithPadding(_tokenizer())
-    return [collate(records[at : at + size]).to(device) for at in range(0, len(records), size)]
-
-
-def _epoch(records: Sequence[Record], device: str, rng: random.Random) -> list[Batch]:
-    """Return an epoch's batches: rows of similar length together, in an order and with neighbours of chance."""
-    noisy = sorted(records, key=lambda record: len(record["input_ids"]) + rng.uniform(-3, 3))
-    batches = _batches(noisy, device)
-    rng.shuffle(batches)
-    return batches
-
-
-def _wrapped(model: nn.Module, method: Method, batches: list[Batch], seed: int) -> nn.Module:
+def _wrapped(
+    model: nn.Module,
+    method: Method,
+    rows: Sequence[Record],
+    seed: int,
+    device: str,
+    for_an_epoch: Callable[[nn.Module], object],
+) -> nn.Module:
     """Return the model with only what the method trains left trainable."""
     if method.kind == "full":
         return model
@@ -156,57 +143,23 @@ def _wrapped(model: nn.Module, method: Method, batches: list[Batch], seed: int) 
         if method.kind != "child":
             peer = _PEERS[method.kind](task_type="SEQ_CLS", target_modules=_IN_BLOCKS, **options)
             return get_peft_model(model, peer)
-        if options.get("score") in ("fisher", "gradient"):
+        if options.get("score") in ("fisher", "gradient") and not method.contrastive and method.stage == "before":
             options["score"] = f"known {options['score']}"
         config = ChildTuningConfig(task_type="SEQ_CLS", seed=seed, **options)
+        batches = make_batches(by_length(rows), device)
+        if method.stage != "before":
+            return {"warm": chosen_after_warm_up, "again": chosen_again}[method.stage](
+                model, config, batches, for_an_epoch
+            )
         model = get_peft_model(model, config)
     if method.fits_head:
         fit_head(model, batches, show_progress=False)
+    if method.contrastive:  # in an order of chance: a batch needs more than one label
+        batches = make_batches(rows, device)
     if config.needs_data:
-        select_child_network(model, batches, show_progress=False)
+        loss_fn = contrastive_loss if method.contrastive else None
+        select_child_network(model, batches, loss_fn=loss_fn, show_progress=False)
     return model
-
-
-def _train(
-    model: nn.Module,
-    records: Sequence[Record],
-    learning_rate: float,
-    weight_decay: float,
-    *,
-    epochs: int,
-    seed: int,
-    device: str,
-) -> float:
-    """Train in place; return the mean loss of the last epoch."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
-    steps = epochs * -(-len(records) // BATCH)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * steps), steps)
-    rng = random.Random(seed)
-    set_seed(seed)  # the same dropout, whatever the selection has drawn
-    model.train()
-    losses: list[float] = []
-    for _ in range(epochs):
-        losses = []
-        for batch in _epoch(records, device, rng):
-            loss = model(**batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    return sum(losses) / len(losses)
-
-
-@torch.no_grad()
-def _predict(model: nn.Module, records: Sequence[Record], device: str) -> list[int]:
-    """Return the predicted label of each row, in the rows' order."""
-    model.eval()
-    order = sorted(range(len(records)), key=lambda place: len(records[place]["input_ids"]))
-    batches = _batches([records[place] for place in order], device, size=64)
-    labels = [label for batch in batches for label in model(**batch).logits.argmax(-1).tolist()]
-    return [label for _, label in sorted(zip(order, labels, strict=True))]
 
 
 def _probe(train: list[Record], test: list[Record], *, strength: float, device: str) -> Outcome:
@@ -224,7 +177,7 @@ def _probe(train: list[Record], test: list[Record], *, strength: float, device: 
 def _features(encoder: nn.Module, records: Sequence[Record], device: str) -> np.ndarray:
     """Return the mean of the last hidden states over each text's own tokens, `(rows, width)`, in the rows' order."""
     found = []
-    for batch in _batches(records, device, size=32):
+    for batch in make_batches(records, device, size=32):
         mask = batch["attention_mask"].unsqueeze(-1)
         hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         found.append(((hidden * mask).sum(1) / mask.sum(1)).float().cpu())
