@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         and method.options.get("score") in ("fisher", "random")
         and not {"granularity"} & set(method.options)
         and not method.fits_head
+        and method.stage == "before"
         and not method.weight_decay
     }
     found: dict[str, list[float]] = {name: [] for name in methods}

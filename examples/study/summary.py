@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = {phase: read_lines(options.results / f"{phase}.jsonl") for phase in protocol.phases}
     rates = best_rates(lines["development"])
     text = options.readme.read_text(encoding="utf-8")
-    for phase in ("development", "confirmation"):
+    for phase in ("development", "screening", "confirmation", "transfer"):
         tasks = protocol.phases[phase].tasks
         if not lines[phase]:
             continue

@@ -36,10 +36,18 @@ class Split:
 def load(name: str, *, seed: int, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS) -> Split:
     """Return a task: the test rows depend on nothing, the training rows on the seed; they never overlap.
 
+    `"imdb to movie"` trains on the one and tests on the other.
+
     Raises:
         KeyError: there is no such task.
-        ValueError: it has too few rows.
+        ValueError: it has too few rows, or the two have different numbers of labels.
     """
+    name, _, other = name.partition(" to ")
+    if other:
+        source, target = load(name, seed=seed, train_rows=train_rows, test_rows=test_rows), load(other, seed=seed)
+        if source.num_labels != target.num_labels:
+            raise ValueError(f"{name} has {source.num_labels} labels, {other} {target.num_labels}.")
+        return Split(source.train, target.test, source.num_labels)
     texts, labels = TASKS[name]()
     rows = Rows([(text,) for text in texts], list(labels))
     order = random.Random(0).sample(range(len(rows)), len(rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft_childtune.scores.batch import batch_size, detached_to, examples, loss_of
+from peft_childtune.scores.batch import batch_size, examples, loss_of
 from peft_childtune.scores.inputs import ScoreInputs
 from peft_childtune.scores.movement import movement_scores
 from peft_childtune.scores.preserve import preserved
@@ -17,6 +17,7 @@ from peft_childtune.scores.registry import (
 )
 from peft_childtune.scores.result import ScoreResult, magnitude_scores
 from peft_childtune.scores.score import DATA_SCORES, check_data, score_parameters
+from peft_childtune.scores.steps import ShortTraining
 
 __all__ = [
     "DATA_SCORES",
@@ -24,10 +25,10 @@ __all__ = [
     "ScoreFunction",
     "ScoreInputs",
     "ScoreResult",
-    "batch_size",
+    "ShortTraining",
     "check_data",
+    "batch_size",
     "compute_scores",
-    "detached_to",
     "examples",
     "is_score",
     "loss_of",

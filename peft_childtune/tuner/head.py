@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import ScoreError, SelectionError
-from ..ranks import failing_together, is_first_rank, sum_over_ranks_, unwrapped
-from ..scores import batch_size, check_data, detached_to, loss_of, preserved
+from ..errors import SelectionError
+from ..ranks import failing_together, is_first_rank, unwrapped
+from ..scores import ShortTraining, check_data, preserved
 from .base_alone import BaseAlone, heads_of
 from .inspection import config_of
 from .shards import without_repeats
@@ -82,50 +80,8 @@ def fit_head(
     with BaseAlone(model, adapter_name), preserved(model, home):
         for head in heads:
             head.requires_grad = True
-        optimizer = torch.optim.AdamW(heads, lr=learning_rate, weight_decay=0.0)
+        training = ShortTraining(model, heads, learning_rate=learning_rate, loss_fn=loss_fn)
         hidden = not (show_progress and is_first_rank())
         for _ in tqdm(range(epochs), desc="Fitting the head", unit="epoch", disable=hidden):
-            loss = _epoch(model, heads, optimizer, without_repeats(dataloader), loss_fn=loss_fn, home=home)
+            loss = training.epoch(without_repeats(dataloader))
     return loss
-
-
-def _epoch(
-    model: nn.Module,
-    heads: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    dataloader: Iterable[Any],
-    *,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
-    home: torch.device,
-) -> float:
-    """Take a step for each batch, of all processes together as long as one of them has data; return the mean loss."""
-    batches = iter(dataloader)
-    total = torch.zeros(2, dtype=torch.float64)  # losses times examples, and examples
-    for index in itertools.count():
-        with failing_together():
-            batch = next(batches, None)
-            tally = torch.zeros(2, dtype=torch.float64)
-            if batch is not None:
-                batch = detached_to(batch, home)
-                loss = loss_of(model, batch, loss_fn=loss_fn, index=index)
-                if not torch.isfinite(loss) or not loss.requires_grad:
-                    raise ScoreError(
-                        f"batch {index}: the loss is {float(loss.detach())}, or does not depend on the head; look at "
-                        "the labels and at `modules_to_save`."
-                    )
-                size = batch_size(batch) or 1
-                (loss * size).backward()  # type: ignore[no-untyped-call]
-                tally += torch.tensor([float(loss.detach()) * size, size])
-        sum_over_ranks_(tally)
-        if not tally[1]:
-            break
-        for head in heads:
-            head.grad = torch.zeros_like(head) if head.grad is None else head.grad
-            sum_over_ranks_(head.grad)
-            head.grad /= float(tally[1])
-        optimizer.step()
-        optimizer.zero_grad()
-        total += tally
-    if not total[1]:
-        raise ScoreError("The dataloader yields no batch; give one that can be read once for each epoch.")
-    return float(total[0] / total[1])

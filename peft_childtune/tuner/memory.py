@@ -103,7 +103,7 @@ def estimate_memory(
       bytes for each trained weight of that tensor; `resample` makes it 8 bytes a weight, 10 for a base of 16 bits
     - selection: base, copies of `modules_to_save`, and the larger of `4 N` (fp32 scores) with the chosen units
       (`8 n` for single entries) or one more weight, and of `4 n` with the code. Random children have no scores;
-      `movement` takes `12 N` more while it trains, and two fp32 copies of the largest weight. Scores of your own are
+      `movement` takes `12 N` more while it trains (`16 N` in half precision), and two fp32 copies of the largest weight. Scores of your own are
       taken to need what `fisher` does
     - selection_host: `24 n` for single entries, `8 n` for larger units: lists of positions, to report and to return
 
@@ -174,7 +174,8 @@ def estimate_memory(
     one_more = 0 if is_random else max(map(_bytes, tensors.values()))
     here = one_more if scores_on_host else scores + max(chosen, one_more)
     if config.score == "movement" and not is_random:  # gradients and AdamW's state; the scores' place holds a copy
-        here = (0 if scores_on_host else scores) + 3 * scores + 8 * max(t.numel() for t in tensors.values())
+        in_fp32 = sum(4 * t.numel() for t in tensors.values() if t.dtype in (torch.bfloat16, torch.float16))
+        here = (0 if scores_on_host else scores) + 3 * scores + in_fp32 + 8 * max(t.numel() for t in tensors.values())
     lists = 0 if config.resample else 8 * nnz + 16 * sum(units.values())
     return MemoryEstimate(
         covered=sum(grid.numel for grid in grids.values()),

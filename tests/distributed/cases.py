@@ -140,13 +140,30 @@ def uneven_shards(folder: Path) -> dict[str, tuple[str, int]]:
 def fitted_head(folder: Path) -> dict[str, Any]:
     """Fit the head on 23 examples, six a step: the last step has five, which do not divide evenly."""
     rank, world = place()
-    steps = [rows()[i : i + 6] for i in range(0, 23, 6)]
+    steps = [rows()[:23][i : i + 6] for i in range(0, 23, 6)]
     own = [[row for number, row in enumerate(step) if number % world == rank] for step in steps]
     model = _selectable()
     loss = fit_head(model, [collate(step) for step in own], epochs=2, show_progress=False)
     none_here = fit_head(model, [collate(step) for step in steps] if rank == 0 else [], show_progress=False)
     heads = {name: p.detach() for name, p in model.named_parameters() if ".modules_to_save." in name}
     return {"losses": (loss, none_here), "heads": heads}
+
+
+@case
+def moved_child(folder: Path) -> dict[str, Any]:
+    """Choose by movement, in steps that are shared out unevenly; then with all batches on the first process."""
+    rank, world = place()
+    steps = [rows()[:23][i : i + 6] for i in range(0, 23, 6)]
+    own = [collate([row for number, row in enumerate(step) if number % world == rank]) for step in steps]
+    found = {}
+    for name, data in {"shared": own, "first": [collate(step) for step in steps] if rank == 0 else []}.items():
+        model = _selectable(score="movement", scope="tensor")
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        child = select_child_network(model, data, show_progress=False)
+        after = dict(model.named_parameters())
+        same = all(torch.equal(after[key], old) for key, old in before.items() if key in after)
+        found[name] = (child.indices, model.peft_config["default"].selection["examples"], same)
+    return found
 
 
 @case

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from peft_childtune import ChildTuningConfig, ScoreError, UnsupportedError, select_child_network
+from peft_childtune import ChildTuningConfig, ScoreError, select_child_network
 from peft_childtune.scores import ScoreInputs, movement_scores
 
 
@@ -102,7 +102,7 @@ def test_only_so_many_batches_are_read():
         ({"dataloader": None}, "NoneType, not an iterable"),
         ({"dataloader": {"x": 1}}, "dict, not an iterable"),
         ({"num_batches": 0}, "reads no data"),
-        ({"num_batches": 2}, "moved all weights alike.*3 batches"),
+        ({"dataloader": iter(_batches(2))}, "read only once"),
         ({"loss_fn": lambda model, batch: torch.ones(())}, "does not depend on any"),
     ],
 )
@@ -129,10 +129,25 @@ def test_sparse_gradients_and_running_statistics_are_no_trouble():
     assert all(map(torch.equal, model.buffers(), before))
 
 
-def test_half_precision_is_refused_with_a_way_out():
-    model = _Net().to(torch.bfloat16)
-    with pytest.raises(UnsupportedError, match=r"body\.0\.weight.*bfloat16.*network="):
-        movement_scores(_inputs(model))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_move_by_less_than_their_next_number(dtype):
+    model = _Net().to(dtype)
+    batches = [(x.to(dtype), y) for x, y in _batches(8)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = movement_scores(_inputs(model, dataloader=batches))
+    expected = torch.cat([each.flatten() for each in _moved(_Net(), batches=_batches(8)).values()])
+    scores = torch.cat([each.flatten() for each in found.scores.values()])
+    assert scores.dtype is torch.float32
+    assert torch.corrcoef(torch.stack([scores, expected]))[0, 1] > 0.95
+    assert scores.unique().numel() > 0.9 * len(scores)  # steps on the weights themselves would all be of a few sizes
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_single_batch_is_read_as_often_as_weights_need_to_part():
+    model = _Net()
+    found = movement_scores(_inputs(model, num_batches=1))
+    for name, expected in _moved(model, epochs=3, batches=_batches(1)).items():
+        torch.testing.assert_close(found.scores[name], expected, rtol=1e-4, atol=1e-9)
 
 
 def test_a_child_is_chosen_by_movement_with_the_head_in_training_and_the_model_as_it_was_after():

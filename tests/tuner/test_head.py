@@ -92,7 +92,7 @@ def test_an_adapter_without_a_head_is_refused():
         ([], _loss, "no batch"),
         (iter(_batches()), _loss, "no batch"),
         (3, _loss, "not an iterable"),
-        (_batches(), lambda m, b: torch.ones(()), "does not depend on the head"),
+        (_batches(), lambda m, b: torch.ones(()), "does not depend on any of the 2 tensors"),
         (_batches(), lambda m, b: _loss(m, b) * float("nan"), "the loss is nan"),
     ],
     ids=["empty", "used up", "number", "constant", "nan"],
