@@ -103,8 +103,8 @@ def estimate_memory(
       bytes for each trained weight of that tensor; `resample` makes it 8 bytes a weight, 10 for a base of 16 bits
     - selection: base, copies of `modules_to_save`, and the larger of `4 N` (fp32 scores) with the chosen units
       (`8 n` for single entries) or one more weight, and of `4 n` with the code. Random children have no scores;
-      `movement` takes `12 N` more while it trains (`16 N` in half precision), and two fp32 copies of the largest weight. Scores of your own are
-      taken to need what `fisher` does
+      `movement` takes `12 N` more while it trains (`16 N` in half precision), and two fp32 copies of the largest
+      weight. Scores of your own are taken to need what `fisher` does
     - selection_host: `24 n` for single entries, `8 n` for larger units: lists of positions, to report and to return
 
     Not in it: activations; the input and output of the model; the lines of each weight that the child uses (8 bytes
