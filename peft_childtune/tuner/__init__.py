@@ -12,6 +12,7 @@ from .memory import MemoryEstimate, estimate_memory
 from .model import ChildTuningModel
 from .registration import register
 from .selection import select_child_network
+from .stability import SelectionStability, selection_stability
 
 __all__ = [
     "ChildTuningCallback",
@@ -20,6 +21,7 @@ __all__ = [
     "ChildTuningModel",
     "MemoryEstimate",
     "SelectionDiagnosis",
+    "SelectionStability",
     "diagnose_selection",
     "estimate_memory",
     "fit_head",
@@ -27,6 +29,7 @@ __all__ = [
     "get_deltas",
     "select_child_network",
     "selection_report",
+    "selection_stability",
     "suggest_learning_rate",
     "verify_base",
 ]

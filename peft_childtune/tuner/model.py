@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TargetError, UnsupportedError
 from ..untrusted import shown
 from .adopting import adopt_state_dict
+from .choosing import data_free_children
 from .config import ChildTuningConfig
 from .install import install_children, layers_of, prepare_places
 from .layer import ChildTuningLayer, child_layers
@@ -25,7 +26,6 @@ from .native import watch
 from .offload import bring_in_
 from .registration import PREFIX
 from .saving import adapter_state_dict, drop_base_weights_
-from .selection import data_free_children
 from .sharding import ZERO3, compare_divided, is_in_engine, keep_codes_out_of_ddp, sharding_of
 from .snapshot import Snapshot
 from .targets import block_names, block_of, default_targets, unsupported_reason

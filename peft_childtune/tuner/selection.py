@@ -11,62 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, SelectionError, TargetError
+from ..errors import ConfigError, SelectionError
 from ..network import ChildNetwork
 from ..ranks import agree, failing_together, is_first_rank, unwrapped, world_size
-from ..scores import DATA_SCORES, ScoreInputs, compute_scores
-from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
+from ..sparse import TensorChild
 from ..weights import sampled_digest
-from .base_alone import BaseAlone, heads_of
+from .choosing import children_by_data, data_free_children
 from .config import ChildTuningConfig
 from .diagnosis import selection_report, warnings_of
-from .inspection import config_of, groups_of
+from .inspection import config_of
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
-from .learning_rate import gradient_share
 from .offload import onloaded, out_of_reach
 from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
-from .shards import without_repeats
 from .steps import watch_optimizers
 
-__all__ = ["data_free_children", "select_child_network"]
+__all__ = ["select_child_network"]
 
 logger = logging.getLogger(__name__)
-
-
-def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    found = {name: layer.base_parameter(parameter) for name, layer, parameter in covered_tensors(model, adapter_name)}
-    for name, parameter in found.items():
-        if parameter.is_meta or parameter.numel() == 0:
-            raise TargetError(
-                f"{name}: the base weight is on the meta device, or empty, so it cannot be scored; choose the child "
-                "on the whole model first and pass it here: select_child_network(model, "
-                "network=ChildNetwork.load(path))."
-            )
-    return found
-
-
-def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> dict[str, TensorChild]:
-    """Return the child that a configuration asks for where no data is needed: random, resampled or by magnitude."""
-    grids = grids_of(model, adapter_name, config)
-    if config.mode == "task_free" and config.resample:
-        logger.warning(
-            "resample=True trains every covered weight, a new random %g of them at each step: the saved delta is "
-            "dense, %d values long. For a small file keep one random child (resample=False) or choose one by data.",
-            config.density,
-            sum(grid.numel for grid in grids.values()),
-        )
-        return {
-            name: TensorChild(UnitGrid(grid.shape), ResampledUnits(config.seed, stream, config.density))
-            for stream, (name, grid) in enumerate(grids.items())
-        }
-    groups = groups_of(model, grids)
-    if config.mode == "task_free" or config.score == "random":
-        return select_random_children(
-            grids=grids, density=config.density, scope=config.scope, groups=groups, seed=config.seed
-        )
-    with BaseAlone(model, adapter_name):
-        scores = compute_scores(config.score, ScoreInputs(model, _parameters(model, adapter_name))).scores
-    return select_children(scores, grids=grids, density=config.density, scope=config.scope, groups=groups)
 
 
 def _check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> None:
@@ -171,31 +132,16 @@ def select_child_network(
                     f'score="{config.score}" looks at data: call select_child_network(model, dataloader); '
                     '"magnitude" and "random" do not.'
                 )
-            with BaseAlone(model, adapter_name):
-                inputs = ScoreInputs(
-                    model,
-                    _parameters(model, adapter_name),
-                    heads=heads_of(model, adapter_name),
-                    dataloader=without_repeats(dataloader),
-                    num_batches=num_batches,
-                    loss_fn=loss_fn,
-                    scores_device=scores_device,
-                    show_progress=show_progress,
-                )
-                result = compute_scores(config.score, inputs)
-            children = select_children(
-                result.scores,
-                grids=grids_of(model, adapter_name, config),
-                density=config.density,
-                scope=config.scope,
-                groups=groups_of(model, result.scores),
+            children, how = children_by_data(
+                model,
+                adapter_name,
+                config,
+                dataloader=dataloader,
+                num_batches=num_batches,
+                loss_fn=loss_fn,
+                scores_device=scores_device,
+                show_progress=show_progress,
             )
-            how = {"source": config.score}
-            if result.num_batches:
-                how |= {"examples": result.num_examples, "loss": result.loss}
-            if config.score in DATA_SCORES:  # means of gradients, or of their squares
-                how["gradient_share"] = gradient_share(result.scores, children, squared=config.score != "gradient")
-            del result  # the scores, as large as the covered weights in fp32
         # from an accelerator, where the scores were, to where all else of a child network is kept
         children = {name: _on_cpu(child) for name, child in children.items()}
         chosen = ChildNetwork(children)
