@@ -56,6 +56,7 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 1, learning_rate: floa
                 loss = training.epoch(inputs.dataloader, num_batches=inputs.num_batches, title=title)
                 passes += 1
             ends = dict(zip(moved, training.masters, strict=True))
+            squares = dict(zip(moved, training.squares(), strict=True))
             scores = {
                 name: (ends[id(p)].detach().to(before[id(p)].device) - before[id(p)]).abs_().float()
                 for name, p in inputs.parameters.items()
@@ -65,4 +66,10 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 1, learning_rate: floa
                 p.data.copy_(before[key])
     if not any(bool(each.any()) for each in scores.values()):
         raise ScoreError("score='movement': no weight has moved; look at what the loss is computed from.")
-    return ScoreResult(scores, num_examples=training.examples, num_batches=training.batches, loss=loss)
+    return ScoreResult(
+        scores,
+        num_examples=training.examples,
+        num_batches=training.batches,
+        loss=loss,
+        squares={name: squares[id(p)] for name, p in inputs.parameters.items()},
+    )

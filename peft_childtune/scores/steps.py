@@ -90,6 +90,10 @@ class ShortTraining:
             raise no_batches(dataloader)
         return float(total[0] / total[1])
 
+    def squares(self) -> list[Tensor]:
+        """Return AdamW's running means of squared gradients, one for each of `masters`; after a step."""
+        return [self._optimizer.state[master]["exp_avg_sq"] for master in self.masters]
+
     def _loss(self, batch: Any) -> Tensor:
         loss = loss_of(self._model, detached_to(batch, self._home), loss_fn=self._loss_fn, index=self.batches)
         if not torch.isfinite(loss):

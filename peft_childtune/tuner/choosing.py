@@ -61,7 +61,9 @@ def children_by_data(
     how: dict[str, Any] = {"source": config.score}
     if result.num_batches:
         how |= {"examples": result.num_examples, "loss": result.loss}
-    if config.score in DATA_SCORES:  # means of gradients, or of their squares
+    if result.squares is not None:
+        how["gradient_share"] = gradient_share(result.squares, children, squared=True)
+    elif config.score in DATA_SCORES:  # means of gradients, or of their squares
         how["gradient_share"] = gradient_share(result.scores, children, squared=config.score != "gradient")
     return children, how
 

@@ -59,7 +59,7 @@ def suggest_learning_rate(config: ChildTuningConfig, *, full: float = 1e-4) -> f
 
     Raises:
         SelectionError: the child is still to be chosen by data; or it was chosen by something that tells nothing of
-            its share (`movement`, a score of your own, `network=`).
+            its share (a score of your own, `network=`).
         ConfigError: `config` or `full` is not what it should be.
 
     Example:
