@@ -40,7 +40,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from peft_childtune import ChildTuningConfig, fit_head, select_child_network
+from peft_childtune import ChildTuningConfig, fit_head, select_child_network, suggest_learning_rate
 from peft_childtune.scores import score_names
 
 GLUE_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--epochs", type=int, default=3)
     training.add_argument("--batch-size", type=int, default=16, help="rows a process and step")
     training.add_argument(
-        "--learning-rate", type=float, default=None, help="default: 1e-4 / density up to 3e-3; 1e-4 for all weights"
+        "--learning-rate", type=float, default=None, help="default: suggest_learning_rate, up to 1e-2; 1e-4 for full"
     )
     training.add_argument("--weight-decay", type=float, default=0.0, help="pulls towards the base, not towards zero")
     training.add_argument("--warmup", type=float, default=0.1, help="share of all steps")
@@ -121,10 +121,10 @@ def child_config(args: argparse.Namespace, seed: int) -> ChildTuningConfig:
 
 
 def learning_rate(args: argparse.Namespace, config: ChildTuningConfig) -> float:
-    """Return the asked-for learning rate, or one that suits the method: fewer weights take longer steps."""
+    """Return the asked-for learning rate, or one that suits what the chosen child holds of the gradient."""
     if args.learning_rate is not None:
         return float(args.learning_rate)
-    return 1e-4 if args.method == "full" else min(1e-4 / config.density, 3e-3)
+    return 1e-4 if args.method == "full" else min(suggest_learning_rate(config, full=1e-4), 1e-2)
 
 
 def load_task(args: argparse.Namespace) -> tuple[Rows, Rows]:
@@ -172,6 +172,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator, rows: tuple[Rows, Ro
             fit_head(model, rows_to_see, show_progress=False)
         if config.needs_data:
             select_child_network(model, rows_to_see, show_progress=False)
+        config = model.peft_config["default"]  # which knows now what was chosen
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],

@@ -39,10 +39,10 @@ def test_options_left_out_keep_the_defaults_of_the_library():
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("--density 0.5", 2e-4), ("--density 0.001", 3e-3), ("--method full", 1e-4), ("--learning-rate 0.5", 0.5)],
+    [("--density 0.5", 2e-4), ("--density 0.001", 1e-2), ("--method full", 1e-4), ("--learning-rate 0.5", 0.5)],
 )
 def test_fewer_weights_take_longer_steps_up_to_a_limit(line, expected):
-    args = parser().parse_args(line.split())
+    args = parser().parse_args([*line.split(), "--score", "random"])
     assert learning_rate(args, child_config(args, seed=0)) == pytest.approx(expected)
 
 
