@@ -136,6 +136,11 @@ def movement_long(inputs: ScoreInputs) -> Scores:
     return movement_scores(inputs, epochs=3).scores
 
 
+def movement_full(inputs: ScoreInputs) -> Scores:
+    """Return how far weights move in full fine-tuning at its best rate: the whole of LT-SFT."""
+    return movement_scores(inputs, epochs=4, learning_rate=2e-4).scores
+
+
 def movement_by_block(inputs: ScoreInputs) -> Scores:
     """Return how far weights move in an epoch that trains their own block alone: a sixth of the optimizer's memory."""
     blocks: dict[str, dict[str, torch.nn.Parameter]] = {}
@@ -163,7 +168,7 @@ def small(inputs: ScoreInputs) -> Scores:
 
 _OF_DATA = (
     *(relative, saliency, balanced, shared, small_first, drawn, consistent, steady, allotted),
-    *(mixed, movement_long, movement_by_block),
+    *(mixed, movement_long, movement_full, movement_by_block),
 )
 for _score in _OF_DATA:
     register_score(_score.__name__, _score, replace=True)

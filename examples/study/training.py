@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from staged import chosen_after_warm_up, chosen_again
-from tasks import load
+from tasks import TRAIN_ROWS, load
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 
@@ -46,6 +46,8 @@ class Method:
         contrastive: whether the child is chosen by a loss without a head.
         stage: when the child is chosen: `before` training; `warm`, after an epoch that is taken back; `again`, half of
             it a second time after an epoch that is not.
+        choosing_rows: choose the child on so many other rows of the task instead of those that are trained on: what a
+            selection could be worth if it had the data.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Method:
     fits_head: bool = False
     contrastive: bool = False
     stage: str = "before"
+    choosing_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     candidates.remember((task, seed, bf16, method.fits_head))
     for_an_epoch = partial(train, records=rows, learning_rate=learning_rate, epochs=1, seed=seed, device=device)
-    model = _wrapped(model, method, rows, seed, device, for_an_epoch)
+    model = _wrapped(model, method, task, seed, device, for_an_epoch)
     start = time.perf_counter()
     left = epochs - (method.stage == "again")  # one of them is over
     loss = train(model, rows, learning_rate, method.weight_decay, epochs=left, seed=seed, device=device)
@@ -115,8 +118,8 @@ def fisher_of(task: str, *, seed: int) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=4)
-def _data(task: str, seed: int) -> tuple[list[Record], list[Record], int]:
-    split = load(task, seed=seed)
+def _data(task: str, seed: int, train_rows: int = TRAIN_ROWS) -> tuple[list[Record], list[Record], int]:
+    split = load(task, seed=seed, train_rows=train_rows)
     train, test = (tokenize(rows, tokenizer(), MAX_LENGTH) for rows in (split.train, split.test))
     return train, test, split.num_labels
 
@@ -129,7 +132,7 @@ def _base(num_labels: int) -> nn.Module:
 def _wrapped(
     model: nn.Module,
     method: Method,
-    rows: Sequence[Record],
+    task: str,
     seed: int,
     device: str,
     for_an_epoch: Callable[[nn.Module], object],
@@ -137,6 +140,7 @@ def _wrapped(
     """Return the model with only what the method trains left trainable."""
     if method.kind == "full":
         return model
+    rows, _, _ = _data(task, seed)
     options = dict(method.options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,6 +158,11 @@ def _wrapped(
         model = get_peft_model(model, config)
     if method.fits_head:
         fit_head(model, batches, show_progress=False)
+    if method.choosing_rows:
+        more, tested, _ = _data(task, seed, method.choosing_rows)
+        if len(tested) != len(_data(task, seed)[1]):
+            raise ValueError(f"{task}: {method.choosing_rows} rows to choose on would take some of the test rows.")
+        batches = make_batches(by_length(more), device)
     if method.contrastive:  # in an order of chance: a batch needs more than one label
         batches = make_batches(rows, device)
     if config.needs_data:
