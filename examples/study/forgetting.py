@@ -39,7 +39,7 @@ from transformers.utils import logging  # noqa: E402
 
 from peft_childtune import ChildTuningConfig, select_child_network  # noqa: E402
 
-STEPS, BLOCK, BATCH, TEST_BLOCKS = 40, 128, 4, 32
+STEPS, BLOCK, BATCH, TEST_BLOCKS = 40, 128, 4, 24
 FILE = RESULTS / "forgetting.jsonl"
 CHILDREN: dict[str, dict[str, Any]] = {
     "random-2": {"score": "random"},
@@ -47,11 +47,11 @@ CHILDREN: dict[str, dict[str, Any]] = {
     "movement-tensor-2": {"score": "movement", "scope": "tensor"},
 }
 RATES = {
-    "full": (3e-5, 1e-4, 3e-4),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "random-2": (1e-3, 3e-3, 1e-2),
-    "fisher-global-2": (3e-4, 1e-3, 3e-3),
-    "movement-tensor-2": (3e-4, 1e-3, 3e-3),
+    "full": (3e-5, 1e-4),
+    "lora": (5e-4, 2e-3),
+    "random-2": (1e-3, 4e-3),
+    "fisher-global-2": (4e-4, 1.5e-3),
+    "movement-tensor-2": (1e-3, 4e-3),
 }
 
 
