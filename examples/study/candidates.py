@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from peft_childtune import ScoreInputs, register_score
-from peft_childtune.scores.movement import movement_scores
 
 Scores = dict[str, Tensor]
 
@@ -122,23 +121,23 @@ def allotted(inputs: ScoreInputs) -> Scores:
 
 
 def mixed(inputs: ScoreInputs) -> Scores:
-    """Return a random draw with chances in proportion to movement: chosen and random ones mixed (Gumbel top-k)."""
+    """Return a random draw with chances in proportion to `movement_short`: chosen and random ones (Gumbel top-k)."""
     generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 31))
     found = {}
-    for name, moved in movement_scores(inputs).scores.items():
+    for name, moved in movement_short(inputs).items():
         uniform = torch.rand(moved.shape, generator=generator).clamp_(1e-12, 1 - 1e-7)
         found[name] = (moved + 1e-38).log() - (-uniform.log()).log()
     return found
 
 
+def movement_short(inputs: ScoreInputs) -> Scores:
+    """Return how far weights move in a single epoch, at half the rate of `movement`."""
+    return inputs.compute("movement", epochs=1, learning_rate=1e-4).scores
+
+
 def movement_long(inputs: ScoreInputs) -> Scores:
-    """Return how far weights move in three epochs instead of one (LT-SFT trains to the end, Ansell et al. 2022)."""
-    return movement_scores(inputs, epochs=3).scores
-
-
-def movement_full(inputs: ScoreInputs) -> Scores:
-    """Return how far weights move in full fine-tuning at its best rate: the whole of LT-SFT."""
-    return movement_scores(inputs, epochs=4, learning_rate=2e-4).scores
+    """Return how far weights move in three epochs, at half the rate of `movement`."""
+    return inputs.compute("movement", epochs=3, learning_rate=1e-4).scores
 
 
 def movement_by_block(inputs: ScoreInputs) -> Scores:
@@ -148,7 +147,7 @@ def movement_by_block(inputs: ScoreInputs) -> Scores:
         blocks.setdefault(name.split(".layer.")[1].split(".")[0], {})[name] = parameter
     found: Scores = {}
     for block in blocks.values():
-        found |= movement_scores(replace(inputs, parameters=block)).scores
+        found |= movement_short(replace(inputs, parameters=block))
     return found
 
 
@@ -168,7 +167,7 @@ def small(inputs: ScoreInputs) -> Scores:
 
 _OF_DATA = (
     *(relative, saliency, balanced, shared, small_first, drawn, consistent, steady, allotted),
-    *(mixed, movement_long, movement_full, movement_by_block),
+    *(mixed, movement_short, movement_long, movement_by_block),
 )
 for _score in _OF_DATA:
     register_score(_score.__name__, _score, replace=True)

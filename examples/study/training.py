@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from staged import chosen_after_warm_up, chosen_again
-from tasks import TRAIN_ROWS, load
+from tasks import load
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 
@@ -46,8 +46,7 @@ class Method:
         contrastive: whether the child is chosen by a loss without a head.
         stage: when the child is chosen: `before` training; `warm`, after an epoch that is taken back; `again`, half of
             it a second time after an epoch that is not.
-        choosing_rows: choose the child on so many other rows of the task instead of those that are trained on: what a
-            selection could be worth if it had the data.
+        epochs: over the training rows.
     """
 
     kind: str
@@ -56,7 +55,7 @@ class Method:
     fits_head: bool = False
     contrastive: bool = False
     stage: str = "before"
-    choosing_rows: int = 0
+    epochs: int = EPOCHS
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Outcome:
     loss: float | None  # mean of the last epoch
 
 
-def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: bool, epochs: int = EPOCHS) -> Outcome:
+def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: bool) -> Outcome:
     """Fine-tune the pinned encoder, and return its predictions on the task's test rows.
 
     Args:
@@ -80,7 +79,6 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
             the inverse strength C of its regularisation.
         seed: of the training rows, the head, the batches, dropout and whatever the method draws.
         bf16: whether to compute in bf16 (autocast); weights and optimizer stay in fp32.
-        epochs: over the training rows.
     """
     rows, test, num_labels = _data(task, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,7 +92,7 @@ def run(method: Method, *, task: str, learning_rate: float, seed: int, bf16: boo
     for_an_epoch = partial(train, records=rows, learning_rate=learning_rate, epochs=1, seed=seed, device=device)
     model = _wrapped(model, method, task, seed, device, for_an_epoch)
     start = time.perf_counter()
-    left = epochs - (method.stage == "again")  # one of them is over
+    left = method.epochs - (method.stage == "again")  # one of them is over
     loss = train(model, rows, learning_rate, method.weight_decay, epochs=left, seed=seed, device=device)
     seconds = time.perf_counter() - start
     predictions = predict(model, test, device)
@@ -118,8 +116,8 @@ def fisher_of(task: str, *, seed: int) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=4)
-def _data(task: str, seed: int, train_rows: int = TRAIN_ROWS) -> tuple[list[Record], list[Record], int]:
-    split = load(task, seed=seed, train_rows=train_rows)
+def _data(task: str, seed: int) -> tuple[list[Record], list[Record], int]:
+    split = load(task, seed=seed)
     train, test = (tokenize(rows, tokenizer(), MAX_LENGTH) for rows in (split.train, split.test))
     return train, test, split.num_labels
 
@@ -158,11 +156,6 @@ def _wrapped(
         model = get_peft_model(model, config)
     if method.fits_head:
         fit_head(model, batches, show_progress=False)
-    if method.choosing_rows:
-        more, tested, _ = _data(task, seed, method.choosing_rows)
-        if len(tested) != len(_data(task, seed)[1]):
-            raise ValueError(f"{task}: {method.choosing_rows} rows to choose on would take some of the test rows.")
-        batches = make_batches(by_length(more), device)
     if method.contrastive:  # in an order of chance: a batch needs more than one label
         batches = make_batches(rows, device)
     if config.needs_data:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_childtune.errors import ScoreError
+from peft_childtune.scores.movement import movement_scores
 from peft_childtune.scores.result import ScoreResult, magnitude_scores
 from peft_childtune.scores.score import DATA_SCORES, score_parameters
 
@@ -41,23 +42,26 @@ class ScoreInputs:
     scores_device: torch.device | str | None = None
     show_progress: bool = True
 
-    def compute(self, score: str) -> ScoreResult:
+    def compute(self, score: str, *, epochs: int = 4, learning_rate: float = 2e-4) -> ScoreResult:
         """Return a built-in score of the same parameters on the same data, to build upon.
 
         Args:
-            score: `fisher`, `fisher_batch`, `gradient` or `magnitude`.
+            score: `fisher`, `fisher_batch`, `gradient`, `magnitude` or `movement`.
+            epochs: of `movement`: how often the data are read.
+            learning_rate: of `movement`, which trains all weights.
 
         Raises:
             ScoreError: it is another one, or needs data where there are none.
         """
         if score == "magnitude":
             return ScoreResult(magnitude_scores(self.parameters))
-        if score not in DATA_SCORES:
-            raise ScoreError(
-                f"score={score!r}: only {', '.join(sorted(DATA_SCORES))} and magnitude can be built upon."
-            )
+        known = (*sorted(DATA_SCORES), "movement")
+        if score not in known:
+            raise ScoreError(f"score={score!r}: only {', '.join(known)} and magnitude can be built upon.")
         if self.dataloader is None:
             raise ScoreError(f"score={score!r} looks at data; register what uses it with `needs_data=True`.")
+        if score == "movement":
+            return movement_scores(self, epochs=epochs, learning_rate=learning_rate)
         return score_parameters(
             self.model,
             self.parameters,

@@ -1,24 +1,28 @@
-"""How far each weight moves in a short dense training, which is taken back."""
+"""How far each weight moves in a dense training, which is taken back."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from peft_childtune.errors import ScoreError
 from peft_childtune.ranks import is_first_rank
-from peft_childtune.scores.inputs import ScoreInputs
 from peft_childtune.scores.preserve import preserved
 from peft_childtune.scores.result import ScoreResult
 from peft_childtune.scores.score import check_data
 from peft_childtune.scores.steps import ShortTraining
+
+if TYPE_CHECKING:
+    from peft_childtune.scores.inputs import ScoreInputs
 
 __all__ = ["movement_scores"]
 
 _FEWEST_STEPS = 3  # the first moves every weight by the learning rate, in fp32 up to rounding, which would decide
 
 
-def movement_scores(inputs: ScoreInputs, *, epochs: int = 1, learning_rate: float = 1e-4) -> ScoreResult:
-    """Return how far each weight moves in a short training of all covered weights and heads, then take it back.
+def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: float = 2e-4) -> ScoreResult:
+    """Return how far each weight moves in a training of all covered weights and heads, then take it back.
 
     AdamW without weight decay, gradients clipped to norm 1, in train mode, three steps at least. Afterwards every
     weight, gradient and buffer is what it was, bit for bit, also if the training breaks off. It takes the memory of

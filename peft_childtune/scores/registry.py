@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from peft_childtune.errors import ConfigError, ScoreError
 from peft_childtune.scores.inputs import ScoreInputs
-from peft_childtune.scores.movement import movement_scores
 from peft_childtune.scores.preserve import preserved
 from peft_childtune.scores.result import ScoreResult
 from peft_childtune.scores.score import DATA_SCORES
@@ -31,7 +30,7 @@ class _Score:
 
 _BUILT_IN = {
     **{name: _Score(needs_data=True) for name in sorted(DATA_SCORES)},
-    "movement": _Score(needs_data=True, function=movement_scores),
+    "movement": _Score(needs_data=True),
     "magnitude": _Score(needs_data=False),
     "random": _Score(needs_data=False),
 }

@@ -46,7 +46,8 @@ class ChildTuningCallback(TrainerCallback):
         >>> from transformers import Trainer, TrainingArguments
         >>> from peft import get_peft_model
         >>> base = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> model = get_peft_model(base, ChildTuningConfig(target_modules=["0", "2"], density=0.2))
+        >>> config = ChildTuningConfig(target_modules=["0", "2"], score="fisher", density=0.2)
+        >>> model = get_peft_model(base, config)
         >>> batches = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(3)]
         >>> callback = ChildTuningCallback(
         ...     batches, loss_fn=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])

@@ -24,6 +24,8 @@ Scope = Literal["global", "layer", "tensor", "row"]
 Granularity = Literal["element", "row", "column", "block"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 
+_SEALED_WITHOUT = {"score": "fisher"}  # what a digest says nothing of
+
 
 @dataclass
 class ChildTuningConfig(PeftConfig):
@@ -37,15 +39,16 @@ class ChildTuningConfig(PeftConfig):
         exclude_modules (`Union[list[str], str]`, *optional*, defaults to `None`):
             The names of modules to leave out, or a regular expression.
         mode (`str`, *optional*, defaults to `task_driven`):
-            `task_driven` (Child-Tuning-D): a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): chosen at
-            random, see `resample`.
+            `task_driven`: a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): chosen at random, see
+            `resample`.
         density (`float`, *optional*, defaults to `0.3`):
             The kept fraction of the covered weights, in (0, 1].
-        score (`str`, *optional*, defaults to `fisher`):
-            What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher
-            information), `fisher_batch` (the authors' estimate from batch gradients), `gradient` and `movement` (how
-            far it moves in a short dense training, which is taken back) need data: call
-            `select_child_network(model, dataloader)`. `magnitude` and `random` need none. Or the name of a score of
+        score (`str`, *optional*, defaults to `random`):
+            What makes a weight worth training (task_driven only). `random` (a draw by `seed`; no score was found to
+            beat it, see `examples/study`) and `magnitude` need no data. `fisher` (per-example empirical Fisher
+            information; with `scope="global"` Child-Tuning-D, the paper's child), `fisher_batch` (the authors'
+            estimate from batch gradients), `gradient` and `movement` (how far it moves in a short dense training,
+            which is taken back) need data: call `select_child_network(model, dataloader)`. Or the name of a score of
             your own, see `register_score`.
         scope (`str`, *optional*, defaults to `global`):
             Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` (each
@@ -84,7 +87,9 @@ class ChildTuningConfig(PeftConfig):
 
     Example:
         >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.02).score
-        'fisher'
+        'random'
+        >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.3, score="fisher").needs_data  # Child-Tuning-D
+        True
 
     Source: Xu et al. 2021 (arXiv:2109.05687).
     """
@@ -106,21 +111,22 @@ class ChildTuningConfig(PeftConfig):
         default="task_driven",
         metadata={
             "help": (
-                "`task_driven` (Child-Tuning-D): a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): "
-                "chosen at random, see `resample`."
+                "`task_driven`: a fixed child, chosen by `score`. `task_free` (Child-Tuning-F): chosen at random, see "
+                "`resample`."
             )
         },
     )
     density: float = field(default=0.3, metadata={"help": "The kept fraction of the covered weights, in (0, 1]."})
     score: str = field(
-        default="fisher",
+        default="random",
         metadata={
             "help": (
-                "What makes a weight worth training (task_driven only). `fisher` (per-example empirical Fisher "
-                "information), `fisher_batch` (the authors' estimate from batch gradients), `gradient` and `movement` "
-                "(how far it moves in a short dense training, which is taken back) need data: call "
-                "`select_child_network(model, dataloader)`. `magnitude` and `random` need none. Or the "
-                "name of a score of your own, see `register_score`."
+                "What makes a weight worth training (task_driven only). `random` (a draw by `seed`; no score was "
+                "found to beat it, see `examples/study`) and `magnitude` need no data. `fisher` (per-example "
+                'empirical Fisher information; with `scope="global"` Child-Tuning-D, the paper\'s child), '
+                "`fisher_batch` (the authors' estimate from batch gradients), `gradient` and `movement` (how far it "
+                "moves in a short dense training, which is taken back) need data: call "
+                "`select_child_network(model, dataloader)`. Or the name of a score of your own, see `register_score`."
             )
         },
     )
@@ -245,12 +251,15 @@ class ChildTuningConfig(PeftConfig):
         return f"{self.base_model_name_or_path!r}{revision}, as its adapter_config.json says"
 
     def own_digest(self, **changes: Any) -> bytes:
-        """Return 16 bytes that depend on the fields of this class: those that differ from their defaults.
+        """Return 16 bytes that depend on the fields of this class: those that differ from the defaults of version 1.
+
+        A default that changes is put into `_SEALED_WITHOUT` as it was: files that were sealed before stay valid.
 
         Args:
             changes: fields to be taken as something else than they are now.
         """
         own = {f.name: f.default for f in fields(self) if f.name in ChildTuningConfig.__annotations__}
+        own |= _SEALED_WITHOUT
         own.pop("pickled")  # not known when the weights are sealed
         held = self.to_dict() | changes
         for name in ("target_modules", "exclude_modules", "modules_to_save"):  # a file has lists only, of any order,
@@ -337,7 +346,7 @@ class ChildTuningConfig(PeftConfig):
             raise ConfigError(
                 'resample=True belongs to mode="task_free" (Child-Tuning-F); a task-driven child stays fixed.'
             )
-        # "fisher" is the default, not a choice that somebody made
+        # "fisher" was the default once, not a choice that somebody made
         if self.mode == "task_free" and self.score not in ("fisher", "random"):
             raise ConfigError(
                 f'score={shown(self.score)} has no meaning with mode="task_free", which chooses at random.'

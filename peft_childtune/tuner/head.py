@@ -52,6 +52,7 @@ def fit_head(
         ScoreError: the data give no finite loss, or none that depends on the head.
 
     Example:
+        >>> import torch
         >>> from peft import get_peft_model
         >>> from peft_childtune import ChildTuningConfig
         >>> base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

@@ -97,7 +97,8 @@ def select_child_network(
         >>> from peft import get_peft_model
         >>> from peft_childtune import ChildTuningConfig
         >>> base = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> model = get_peft_model(base, ChildTuningConfig(target_modules=["0", "2"], density=0.2))
+        >>> config = ChildTuningConfig(target_modules=["0", "2"], score="fisher", density=0.2)
+        >>> model = get_peft_model(base, config)
         >>> batches = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(3)]
         >>> loss_fn = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
         >>> select_child_network(model, batches, loss_fn=loss_fn, show_progress=False)
@@ -125,6 +126,13 @@ def select_child_network(
             how: dict[str, Any] = {"source": "given"}
         elif not config.needs_data:
             children = data_free_children(model, adapter_name, config)
+            if dataloader is not None and is_first_rank():
+                chosen_by = 'mode="task_free"' if config.mode == "task_free" else f'score="{config.score}"'
+                warnings.warn(
+                    f"{chosen_by} chooses without data, so the dataloader is not read; the paper's child is that of "
+                    'ChildTuningConfig(score="fisher").',
+                    stacklevel=2,
+                )
             how = {"source": "random" if config.mode == "task_free" else config.score}
         else:
             if dataloader is None:

@@ -207,7 +207,7 @@ def output(model: nn.Module, batch: Batch) -> Tensor:
 
 def wrap(base: nn.Module, family: Family, *, adapter_name: str = "default", **options: Any) -> nn.Module:
     """Return the wrapped model with its child selected, on four batches if its score needs data."""
-    config = ChildTuningConfig(**({"task_type": family.task_type, "density": 0.2} | options))
+    config = ChildTuningConfig(**({"task_type": family.task_type, "score": "fisher", "density": 0.2} | options))
     model = get_peft_model(base, config, adapter_name=adapter_name)
     if config.needs_data:
         select_child_network(model, family.batches(), adapter_name=adapter_name, show_progress=False)

@@ -220,7 +220,7 @@ def test_the_configuration_of_a_saved_adapter_reused_after_saving_starts_a_new_a
 
 def test_saving_an_adapter_without_a_child_is_refused(tmp_path):
     family = FAMILIES["bert"]
-    model = get_peft_model(family.build(), ChildTuningConfig(task_type="SEQ_CLS"))
+    model = get_peft_model(family.build(), ChildTuningConfig(task_type="SEQ_CLS", score="fisher"))
     with pytest.raises(RuntimeError, match="select_child_network"):
         model.save_pretrained(tmp_path)
 

@@ -194,7 +194,9 @@ def test_a_run_resumed_without_selecting_again_ends_in_the_bits_of_an_uninterrup
     if options:
         resumed = PeftModel.from_pretrained(FAMILIES["bert"].build(), folder / "checkpoint-3", is_trainable=True)
     else:
-        resumed = get_peft_model(FAMILIES["bert"].build(), ChildTuningConfig(task_type="SEQ_CLS", density=0.2))
+        resumed = get_peft_model(
+            FAMILIES["bert"].build(), ChildTuningConfig(task_type="SEQ_CLS", score="fisher", density=0.2)
+        )
     trainer_for(resumed, tmp_path).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     assert get_child_network(resumed) == get_child_network(model)
     assert differing(resumed, snapshot(model)) == []
@@ -249,7 +251,9 @@ def test_a_trainer_with_gradient_checkpointing_ends_in_the_same_bits_as_without(
 
 
 def test_selection_takes_a_data_loader_of_the_trainer(tmp_path):
-    model = get_peft_model(FAMILIES["bert"].build(), ChildTuningConfig(task_type="SEQ_CLS", density=0.05))
+    model = get_peft_model(
+        FAMILIES["bert"].build(), ChildTuningConfig(task_type="SEQ_CLS", score="fisher", density=0.05)
+    )
     trainer = trainer_for(model, tmp_path)
     child = select_child_network(model, trainer.get_train_dataloader(), show_progress=False)
     assert child.nnz == int(0.05 * child.numel)

@@ -89,7 +89,7 @@ def test_weighted_combinations_of_adapters_raise():
 
 def test_training_before_the_child_is_selected_shows_the_call_to_make():
     family = FAMILIES["bert"]
-    model = get_peft_model(family.build(), ChildTuningConfig(task_type="SEQ_CLS")).train()
+    model = get_peft_model(family.build(), ChildTuningConfig(task_type="SEQ_CLS", score="fisher")).train()
     with pytest.raises(RuntimeError, match=r"select_child_network\(model, train_dataloader\)"):
         model(**family.batch())
 

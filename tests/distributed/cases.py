@@ -88,7 +88,8 @@ def _error_of(call: Callable[[], object]) -> tuple[str, str]:
 
 
 def _selectable(**options: Any) -> torch.nn.Module:
-    return get_peft_model(base_model(), ChildTuningConfig(task_type="SEQ_CLS", density=0.05, **options))
+    given = {"task_type": "SEQ_CLS", "score": "fisher", "density": 0.05} | options
+    return get_peft_model(base_model(), ChildTuningConfig(**given))
 
 
 @case
@@ -285,7 +286,7 @@ def one_fails(folder: Path) -> list[tuple[str, str]]:
         base_model(), ChildTuningConfig(task_type="SEQ_CLS", mode="task_free", resample=True, seed=place()[0])
     )
     resuming = SimpleNamespace(resume_from_checkpoint=str(folder) if last else None, disable_tqdm=True)
-    different = get_peft_model(base_model(seed=place()[0]), ChildTuningConfig(task_type="SEQ_CLS"))
+    different = get_peft_model(base_model(seed=place()[0]), ChildTuningConfig(task_type="SEQ_CLS", score="fisher"))
     return [
         _error_of(lambda: select_child_network(_selectable(), poisoned, show_progress=False)),
         _error_of(lambda: select_child_network(_selectable(), None if last else shard(), show_progress=False)),

@@ -21,7 +21,7 @@ ROWS, GLOBAL_BATCH = 24, 12
 
 # key biases have no gradient in exact arithmetic: Adam turns the rounding noise in theirs into steps
 CONFIGS: dict[str, dict[str, Any]] = {
-    "d": {"density": 0.05},
+    "d": {"score": "fisher", "density": 0.05},
     "f_fixed": {"mode": "task_free", "density": 0.05},
     "f_resampled": {"mode": "task_free", "resample": True, "density": 0.3},
 }

@@ -43,7 +43,7 @@ def _inputs(model, **options):
     return ScoreInputs(model, covered, **({"heads": heads} | given | options))
 
 
-def _moved(model, *, epochs=1, rate=1e-4, batches=None):
+def _moved(model, *, epochs=4, rate=2e-4, batches=None):
     """Return how far a plain loop moves the weights of a copy."""
     twin = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(twin.parameters(), lr=rate, weight_decay=0.0)
@@ -145,7 +145,7 @@ def test_weights_in_half_precision_move_by_less_than_their_next_number(dtype):
 
 def test_a_single_batch_is_read_as_often_as_weights_need_to_part():
     model = _Net()
-    found = movement_scores(_inputs(model, num_batches=1))
+    found = movement_scores(_inputs(model, num_batches=1), epochs=1)
     for name, expected in _moved(model, epochs=3, batches=_batches(1)).items():
         torch.testing.assert_close(found.scores[name], expected, rtol=1e-4, atol=1e-9)
 

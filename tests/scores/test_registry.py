@@ -151,7 +151,7 @@ def test_a_score_declared_without_data_is_told_so_when_it_asks_for_some():
 @pytest.mark.parametrize("score", ["random", "movement", "nobody"])
 def test_what_cannot_be_built_upon_is_said(score):
     register_score("on", lambda inputs: inputs.compute(score).scores)
-    with pytest.raises(ScoreError, match="only fisher, fisher_batch, gradient and magnitude can be built upon"):
+    with pytest.raises(ScoreError, match="only fisher, fisher_batch, gradient, movement and magnitude"):
         select_child_network(get_peft_model(_base(), _config("on")), _batches(), show_progress=False)
 
 
@@ -210,7 +210,7 @@ def test_the_head_of_the_adapter_that_is_chosen_for_counts_whichever_is_active()
     children = []
     for active in ("default", "b"):
         model = get_peft_model(base(), ChildTuningConfig(score="random", **options))
-        model.add_adapter("b", ChildTuningConfig(**options))
+        model.add_adapter("b", ChildTuningConfig(score="fisher", **options))
         with torch.no_grad():
             model.base_model.model["head"].modules_to_save["default"].weight.normal_()
         model.set_adapter(active)

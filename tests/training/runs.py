@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from peft_childtune import ChildTuningConfig, get_child_network
 
 KINDS: dict[str, dict[str, Any]] = {
-    "D": {},
+    "D": {"score": "fisher"},
     "fixed F": {"mode": "task_free"},
     "per-step F": {"mode": "task_free", "resample": True},
 }

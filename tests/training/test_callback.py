@@ -157,7 +157,7 @@ def test_every_adapter_without_a_child_gets_one(tmp_path):
 
 def test_one_adapter_can_be_named(tmp_path):
     model = wrapped()
-    model.add_adapter("second", ChildTuningConfig(task_type="SEQ_CLS", density=0.1))
+    model.add_adapter("second", ChildTuningConfig(task_type="SEQ_CLS", score="fisher", density=0.1))
     trainer_for(model, tmp_path, callbacks=[ChildTuningCallback(batches(), adapter_name="second")])
     assert get_child_network(model, "second").nnz > 0
     with pytest.raises(SelectionError):
@@ -198,7 +198,7 @@ def test_an_event_from_elsewhere_needs_the_data(tmp_path):
 
 
 def test_a_child_chosen_by_the_trainers_loader_before_training_is_trained(tmp_path):
-    model = get_peft_model(base(), ChildTuningConfig(task_type="SEQ_CLS", density=0.05))
+    model = get_peft_model(base(), ChildTuningConfig(task_type="SEQ_CLS", score="fisher", density=0.05))
     trainer = trainer_for(model, tmp_path, save_strategy="no")
     child = select_child_network(model, trainer.get_train_dataloader(), show_progress=False)
     trainer.train()

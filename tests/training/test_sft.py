@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWa
 
 _WORDS = ("[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(37)))
 _KINDS = {
-    "D": {},
+    "D": {"score": "fisher"},
     "magnitude": {"score": "magnitude"},
     "fixed F": {"mode": "task_free"},
     "per-step F": {"mode": "task_free", "resample": True},

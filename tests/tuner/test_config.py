@@ -45,7 +45,7 @@ def test_docstring_help_and_default_agree(name):
 
 def test_the_defaults_are_the_documented_ones():
     config = ChildTuningConfig()
-    assert (config.mode, config.density, config.score, config.scope) == ("task_driven", 0.3, "fisher", "global")
+    assert (config.mode, config.density, config.score, config.scope) == ("task_driven", 0.3, "random", "global")
     assert (config.granularity, config.resample, config.init_weights) == ("element", False, True)
     assert config.target_modules is None
     assert config.save_dtype is None
@@ -107,7 +107,8 @@ def test_the_bounds_of_the_density_are_allowed(density):
 @pytest.mark.parametrize(
     ("options", "needed"),
     [
-        ({}, True),
+        ({}, False),
+        ({"score": "fisher"}, True),
         ({"score": "fisher_batch"}, True),
         ({"score": "gradient"}, True),
         ({"score": "magnitude"}, False),
@@ -202,7 +203,7 @@ def test_a_configuration_that_was_saved_once_makes_a_fresh_adapter(toy, tmp_path
 
 
 def test_two_adapters_that_share_a_configuration_object_are_saved_with_their_own_sizes(toy, tmp_path):
-    config = ChildTuningConfig(density=0.25)
+    config = ChildTuningConfig(score="fisher", density=0.25)
     model = get_peft_model(toy(), config)
     model.add_adapter("other", config)
     shapes = {n: tuple(p.shape) for n, p in toy().named_parameters() if n.startswith("layers.")}
@@ -219,7 +220,7 @@ def test_two_adapters_that_share_a_configuration_object_are_saved_with_their_own
 
 
 def test_the_sizes_belong_to_what_was_saved_last(toy, tmp_path):
-    model = get_peft_model(toy(), ChildTuningConfig(density=0.25))
+    model = get_peft_model(toy(), ChildTuningConfig(score="fisher", density=0.25))
     shapes = {n: tuple(p.shape) for n, p in toy().named_parameters() if n.startswith("layers.")}
     for count in (2, 4):
         child = ChildNetwork.from_indices({n: torch.arange(count) for n in shapes}, shapes)

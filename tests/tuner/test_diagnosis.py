@@ -95,7 +95,7 @@ def test_a_selection_by_data_warns_and_a_given_or_random_child_does_not():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100), nn.Linear(100, 5, bias=False))
     batch = [(torch.randn(8, 100), torch.randint(5, (8,)))]
-    config = ChildTuningConfig(target_modules=["0", "1", "2"], density=0.01)
+    config = ChildTuningConfig(target_modules=["0", "1", "2"], score="fisher", density=0.01)
     with torch.no_grad():
         base[2].weight.mul_(1e-6)  # its own gradient is then far above all others
     model = get_peft_model(base, config)
@@ -115,6 +115,6 @@ def test_the_text_names_what_is_to_be_looked_at():
 
 
 def test_a_model_without_a_child_is_refused(caplog):
-    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), ChildTuningConfig(target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), ChildTuningConfig(target_modules=["0"], score="fisher"))
     with caplog.at_level(logging.INFO), pytest.raises(SelectionError):
         diagnose_selection(model)

@@ -19,7 +19,8 @@ def _base():
 
 
 def _wrapped(**options):
-    return get_peft_model(_base(), ChildTuningConfig(target_modules=["0"], **({"modules_to_save": ["2"]} | options)))
+    given = {"target_modules": ["0"], "modules_to_save": ["2"], "score": "fisher"} | options
+    return get_peft_model(_base(), ChildTuningConfig(**given))
 
 
 def _loss(model, batch):

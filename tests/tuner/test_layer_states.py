@@ -93,7 +93,7 @@ def test_before_the_selection_training_raises_with_the_call_to_make_and_evaluati
 
 def test_the_advice_names_the_adapter_that_lacks_a_child():
     model = _wrap(_module("linear"))
-    model.add_adapter("second", ChildTuningConfig(target_modules=["mod"]))
+    model.add_adapter("second", ChildTuningConfig(target_modules=["mod"], score="fisher"))
     model.set_adapter("second")
     with pytest.raises(SelectionError, match="adapter_name='second'"):
         model.train()(_inputs("linear"))

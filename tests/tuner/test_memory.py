@@ -129,8 +129,8 @@ def test_the_code_of_an_evenly_spread_child_takes_no_more_than_estimated(density
 
 
 def test_the_model_is_left_as_it_is_and_may_be_without_memory(family, bits):
-    config = ChildTuningConfig(density=0.1, task_type="CAUSAL_LM")
-    before = ChildTuningConfig(density=0.1, task_type="CAUSAL_LM").to_dict()
+    config = ChildTuningConfig(score="fisher", density=0.1, task_type="CAUSAL_LM")
+    before = ChildTuningConfig(score="fisher", density=0.1, task_type="CAUSAL_LM").to_dict()
     model = family("llama")
     photograph, kinds = bits(model), [type(module) for module in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
@@ -146,7 +146,7 @@ def test_the_model_is_left_as_it_is_and_may_be_without_memory(family, bits):
 def test_weights_that_accelerate_has_offloaded_count_like_others(toy, monkeypatch):
     from accelerate import cpu_offload
 
-    config, model = ChildTuningConfig(density=0.5), toy()
+    config, model = ChildTuningConfig(score="fisher", density=0.5), toy()
     expected = estimate_memory(model, config)
     offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
     maps = {id(m._hf_hook): m._hf_hook for m in offloaded.modules() if hasattr(m, "_hf_hook")}
@@ -158,7 +158,7 @@ def test_weights_that_accelerate_has_offloaded_count_like_others(toy, monkeypatc
 
 def test_an_optimizer_with_less_state_and_scores_on_the_host_take_less():
     base = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
-    config = ChildTuningConfig(target_modules=["0", "1"], density=0.5)
+    config = ChildTuningConfig(score="fisher", target_modules=["0", "1"], density=0.5)
     full = estimate_memory(base, config)
     assert (full.covered, full.nnz, full.optimizer) == (8192, 4096, 8 * 4096)
     assert estimate_memory(base, config, optimizer_bytes=2).optimizer == 2 * 4096
@@ -166,12 +166,12 @@ def test_an_optimizer_with_less_state_and_scores_on_the_host_take_less():
     there = estimate_memory(base, config, scores_on_host=True)
     assert there.selection - there.base == max(4 * 64 * 64, 4 * 4096 + there.code)
     assert there.selection_host == full.selection_host == 24 * 4096  # more than the scores and what is chosen
-    few = ChildTuningConfig(target_modules=["0", "1"], density=0.125)
+    few = ChildTuningConfig(score="fisher", target_modules=["0", "1"], density=0.125)
     assert estimate_memory(base, few, scores_on_host=True).selection_host == 4 * 8192 + 8 * 1024
 
 
 def test_shards_divide_what_is_trained_and_gather_two_blocks_and_the_rest(toy):
-    config = ChildTuningConfig(density=0.5)
+    config = ChildTuningConfig(score="fisher", density=0.5)
     one, four = estimate_memory(toy(), config), estimate_memory(toy(), config, shards=4)
     for name in ("base", "values", "gradients", "optimizer"):
         assert getattr(four, name) == getattr(one, name) / 4
@@ -184,13 +184,13 @@ def test_shards_divide_what_is_trained_and_gather_two_blocks_and_the_rest(toy):
 def test_a_weight_of_more_entries_than_int32_can_number_has_longer_positions():
     with torch.device("meta"):
         base = nn.Sequential(nn.Linear(1 << 16, 1 << 15, bias=False), nn.Linear(4, 4, bias=False))
-    config = ChildTuningConfig(target_modules=["0", "1"], density=0.25, scope="tensor")
+    config = ChildTuningConfig(score="fisher", target_modules=["0", "1"], density=0.25, scope="tensor")
     estimate = estimate_memory(base, config)
     assert estimate.positions == 8 * (1 << 29) + 4 * 4
 
 
 def test_the_table_names_every_part(toy):
-    lines = str(estimate_memory(toy(), ChildTuningConfig(density=0.5))).splitlines()
+    lines = str(estimate_memory(toy(), ChildTuningConfig(score="fisher", density=0.5))).splitlines()
     assert lines[0] == "54 of 108 covered weights are trained; without activations:"
     assert [line.split()[0] for line in lines[1:10]] == [
         "base",
@@ -212,12 +212,12 @@ def test_the_table_names_every_part(toy):
         ({"shards": 0}, ConfigError, "shards=0 is no number of devices"),
         ({"optimizer_bytes": -1}, ConfigError, "optimizer_bytes=-1 is no size"),
         ({"config": SimpleNamespace()}, ConfigError, "SimpleNamespace is no ChildTuningConfig"),
-        ({"config": ChildTuningConfig(density=1e-6)}, BudgetError, "keeps 0 of 108"),
-        ({"config": ChildTuningConfig(target_modules=["nothing", "head"])}, TargetError, "'nothing'"),
+        ({"config": ChildTuningConfig(score="fisher", density=1e-6)}, BudgetError, "keeps 0 of 108"),
+        ({"config": ChildTuningConfig(score="fisher", target_modules=["nothing", "head"])}, TargetError, "'nothing'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(toy, options, error, message):
-    given = {"config": ChildTuningConfig(density=0.5)} | options
+    given = {"config": ChildTuningConfig(score="fisher", density=0.5)} | options
     config = given.pop("config")
     with pytest.raises(error, match=message):
         estimate_memory(toy(), config, **given)
@@ -226,7 +226,7 @@ def test_what_makes_no_sense_is_refused(toy, options, error, message):
 def test_a_wrapped_model_is_refused(toy):
     model = get_peft_model(toy(), ChildTuningConfig(density=0.5, score="magnitude"))
     with pytest.raises(UnsupportedError, match="wrapped already"):
-        estimate_memory(model, ChildTuningConfig(density=0.5))
+        estimate_memory(model, ChildTuningConfig(score="fisher", density=0.5))
 
 
 @cache

@@ -62,7 +62,7 @@ def test_the_file_holds_code_and_values_of_each_tensor_one_seal_and_nothing_else
 
 
 def test_the_configuration_lists_every_covered_tensor_with_its_sizes(toy, tmp_path):
-    model = get_peft_model(toy(), ChildTuningConfig(density=0.25, target_modules=["fc"]))
+    model = get_peft_model(toy(), ChildTuningConfig(score="fisher", density=0.25, target_modules=["fc"]))
     empty, some = torch.zeros(0, dtype=torch.int64), torch.tensor([1, 2, 5])
     shapes = {f"layers.{i}.fc.{p}": s for i in (0, 1) for p, s in (("weight", (6, 6)), ("bias", (6,)))}
     indices = {n: empty if n == "layers.0.fc.bias" else some for n in shapes}
@@ -126,7 +126,7 @@ def test_a_seeded_child_costs_next_to_nothing_beside_its_values(toy, tmp_path):
 
 
 def test_an_adapter_whose_child_was_never_selected_cannot_be_saved(toy, tmp_path):
-    model = get_peft_model(toy(), ChildTuningConfig())
+    model = get_peft_model(toy(), ChildTuningConfig(score="fisher"))
     with pytest.raises(SelectionError, match="select_child_network"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()

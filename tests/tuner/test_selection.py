@@ -17,7 +17,7 @@ from peft_childtune import (
 
 
 def _config(**options):
-    return ChildTuningConfig(**({"density": 0.25} | options))
+    return ChildTuningConfig(**({"score": "fisher", "density": 0.25} | options))
 
 
 def _wrapped(base, **options):

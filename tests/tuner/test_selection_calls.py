@@ -24,7 +24,7 @@ from peft_childtune.tuner import ChildTuningLayer
 
 
 def _config(**options):
-    return ChildTuningConfig(**({"density": 0.25} | options))
+    return ChildTuningConfig(**({"score": "fisher", "density": 0.25} | options))
 
 
 def _wrapped(base, **options):

@@ -9,8 +9,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-import peft_childtune.tuner.selection as selection
 from peft_childtune import ChildTuningConfig, select_child_network
+from peft_childtune.tuner import choosing, selection
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -23,7 +23,7 @@ def test_the_scores_are_gone_before_the_child_is_installed(score, monkeypatch):
     model = get_peft_model(base, ChildTuningConfig(target_modules=["0", "2"], density=0.2, score=score))
     seen: list[weakref.ref[Tensor]] = []
     devices: list[object] = []
-    compute, install = selection.compute_scores, selection.install_children
+    compute, install = choosing.compute_scores, selection.install_children
 
     def watched(*args, **options):
         result = compute(*args, **options)
@@ -35,7 +35,7 @@ def test_the_scores_are_gone_before_the_child_is_installed(score, monkeypatch):
         assert len(seen) == 4 and not any(reference() is not None for reference in seen)
         return install(*args, **options)
 
-    monkeypatch.setattr(selection, "compute_scores", watched)
+    monkeypatch.setattr(choosing, "compute_scores", watched)
     monkeypatch.setattr(selection, "install_children", installed)
     batches = [(torch.randn(8, 4), torch.randint(2, (8,)))]
     select_child_network(model, batches, loss_fn=loss, scores_device="cpu", show_progress=False)

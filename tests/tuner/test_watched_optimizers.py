@@ -21,7 +21,8 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def wrapped() -> nn.Module:
     base = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    return get_peft_model(base, ChildTuningConfig(target_modules=["0"], modules_to_save=["2"], density=0.5))
+    config = ChildTuningConfig(target_modules=["0"], modules_to_save=["2"], score="fisher", density=0.5)
+    return get_peft_model(base, config)
 
 
 def train(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], steps: int = 3) -> None:
