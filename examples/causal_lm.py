@@ -178,9 +178,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     before = perplexity(base, test_rows, args.batch_size, accelerator)
     accelerator.print(f"perplexity of the base: {before:.3f}", flush=True)
 
-    model: nn.Module = get_peft_model(
-        base, ChildTuningConfig(task_type="CAUSAL_LM", density=args.density, seed=args.seed)
-    )
+    # not by the default, movement: that would train the whole model, in the memory which that takes
+    config = ChildTuningConfig(task_type="CAUSAL_LM", score="fisher", density=args.density, seed=args.seed)
+    model: nn.Module = get_peft_model(base, config)
     rows_to_see = batches(train_rows[: args.selection_blocks], args.batch_size)
     child = select_child_network(model, accelerator.prepare_data_loader(rows_to_see))
     accelerator.print(f"child: {child.nnz:,} of {child.numel:,} weights", flush=True)

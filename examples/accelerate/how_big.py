@@ -95,7 +95,7 @@ def llamas() -> Iterator[list[str]]:
             cells = [f"{count / 1e6:,.0f}", f"{stays / GIB:,.1f}", f"{stays / DEVICES / GIB:,.1f}"]
             yield [f"{size}, {name}{f' r{RANK}' if name == 'LoRA' else ''}", *cells, *["–"] * 5]
         for density in DENSITIES:
-            config = ChildTuningConfig(task_type="CAUSAL_LM", density=density)
+            config = ChildTuningConfig(task_type="CAUSAL_LM", score="fisher", density=density)
             one, each = estimate_memory(model, config), estimate_memory(model, config, shards=DEVICES)
             there = estimate_memory(model, config, scores_on_host=True)
             sizes = (one.kept, each.kept, one.working, each.working)

@@ -220,7 +220,7 @@ def fisher_child(density: float) -> list[tuple[tuple[int, ...], Positions]]:
     )
     set_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    model = get_peft_model(base, ChildTuningConfig(task_type="SEQ_CLS", density=density))
+    model = get_peft_model(base, ChildTuningConfig(task_type="SEQ_CLS", score="fisher", density=density))
     network = select_child_network(model, loader, show_progress=False)
     return [
         (tuple(network.shapes[name]), indices.numpy()) for name, indices in network.indices.items() if indices.numel()

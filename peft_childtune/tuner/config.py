@@ -24,7 +24,7 @@ Scope = Literal["global", "layer", "tensor", "row"]
 Granularity = Literal["element", "row", "column", "block"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 
-_SEALED_WITHOUT = {"score": "fisher"}  # what a digest says nothing of
+_SEALED_WITHOUT = {"score": "fisher", "scope": "global"}  # what a digest says nothing of
 
 
 @dataclass
@@ -43,16 +43,15 @@ class ChildTuningConfig(PeftConfig):
             `resample`.
         density (`float`, *optional*, defaults to `0.3`):
             The kept fraction of the covered weights, in (0, 1].
-        score (`str`, *optional*, defaults to `random`):
-            What makes a weight worth training (task_driven only). `random` (a draw by `seed`; no score was found to
-            beat it, see `examples/study`) and `magnitude` need no data. `fisher` (per-example empirical Fisher
-            information; with `scope="global"` Child-Tuning-D, the paper's child), `fisher_batch` (the authors'
-            estimate from batch gradients), `gradient` and `movement` (how far it moves in a short dense training,
-            which is taken back) need data: call `select_child_network(model, dataloader)`. Or the name of a score of
-            your own, see `register_score`.
-        scope (`str`, *optional*, defaults to `global`):
+        score (`str`, *optional*, defaults to `movement`):
+            What makes a weight worth training (task_driven only). `movement` (how far it moves in full fine-tuning,
+            which is taken back: the best in `examples/study`, with the time and memory that full fine-tuning takes),
+            `fisher` (per-example empirical Fisher information: Child-Tuning-D, the paper's child), `fisher_batch` (the
+            authors' estimate from batch gradients) and `gradient` need data: call `select_child_network(model,
+            dataloader)`. `magnitude` and `random` need none. Or the name of a score of your own, see `register_score`.
+        scope (`str`, *optional*, defaults to `None`):
             Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` (each
-            tensor) or `row` (each output neuron).
+            tensor) or `row` (each output neuron). `None` means `tensor` for movement, and `global` for all else.
         granularity (`str`, *optional*, defaults to `element`):
             What is kept or left as one: `element`, `row` (an output neuron), `column` (an input) or `block` (a square
             tile of `block_size`). Entries of biases and norms always count one by one.
@@ -87,9 +86,9 @@ class ChildTuningConfig(PeftConfig):
 
     Example:
         >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.02).score
-        'random'
-        >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.3, score="fisher").needs_data  # Child-Tuning-D
-        True
+        'movement'
+        >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.3, score="fisher").scope  # Child-Tuning-D
+        'global'
 
     Source: Xu et al. 2021 (arXiv:2109.05687).
     """
@@ -118,24 +117,25 @@ class ChildTuningConfig(PeftConfig):
     )
     density: float = field(default=0.3, metadata={"help": "The kept fraction of the covered weights, in (0, 1]."})
     score: str = field(
-        default="random",
+        default="movement",
         metadata={
             "help": (
-                "What makes a weight worth training (task_driven only). `random` (a draw by `seed`; no score was "
-                "found to beat it, see `examples/study`) and `magnitude` need no data. `fisher` (per-example "
-                'empirical Fisher information; with `scope="global"` Child-Tuning-D, the paper\'s child), '
-                "`fisher_batch` (the authors' estimate from batch gradients), `gradient` and `movement` (how far it "
-                "moves in a short dense training, which is taken back) need data: call "
-                "`select_child_network(model, dataloader)`. Or the name of a score of your own, see `register_score`."
+                "What makes a weight worth training (task_driven only). `movement` (how far it moves in full "
+                "fine-tuning, which is taken back: the best in `examples/study`, with the time and memory that full "
+                "fine-tuning takes), `fisher` (per-example empirical Fisher information: Child-Tuning-D, the paper's "
+                "child), `fisher_batch` (the authors' estimate from batch gradients) and `gradient` need data: call "
+                "`select_child_network(model, dataloader)`. `magnitude` and `random` need none. Or the name of a "
+                "score of your own, see `register_score`."
             )
         },
     )
     scope: Scope = field(
-        default="global",
+        default=None,  # type: ignore[arg-type]  # one of them after __post_init__
         metadata={
             "help": (
                 "Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` "
-                "(each tensor) or `row` (each output neuron)."
+                "(each tensor) or `row` (each output neuron). `None` means `tensor` for movement, and `global` for "
+                "all else."
             )
         },
     )
@@ -226,6 +226,8 @@ class ChildTuningConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.scope is None:
+            self.scope = "tensor" if self.mode == "task_driven" and self.score == "movement" else "global"
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
@@ -346,8 +348,8 @@ class ChildTuningConfig(PeftConfig):
             raise ConfigError(
                 'resample=True belongs to mode="task_free" (Child-Tuning-F); a task-driven child stays fixed.'
             )
-        # "fisher" was the default once, not a choice that somebody made
-        if self.mode == "task_free" and self.score not in ("fisher", "random"):
+        # a default, that of today or of earlier files, is no choice that somebody made
+        if self.mode == "task_free" and self.score not in ("movement", "fisher", "random"):
             raise ConfigError(
                 f'score={shown(self.score)} has no meaning with mode="task_free", which chooses at random.'
             )

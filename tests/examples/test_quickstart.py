@@ -66,12 +66,13 @@ def test_features_do_not_depend_on_padding(job):
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_the_main_job_prints_seven_methods_and_reloads_identical_predictions(encoder, table_file, capsys):
+def test_the_main_job_prints_eight_methods_and_reloads_identical_predictions(encoder, table_file, capsys):
     arguments = ["--model", str(encoder), "--dataset", str(table_file), "--train-rows", "48", "--test-rows", "24"]
     quickstart.main([*arguments, "--epochs", "1"])
     out = capsys.readouterr().out
     assert re.findall(r"^\| (.+?) +\| [01]\.\d{3}", out.replace("    ", " "), re.M) == [
         "linear probe",
+        "child by movement 2 %",
         "Child-Tuning-D 30 %",
         "Child-Tuning-D 2 %",
         "Child-Tuning-F 30 %",

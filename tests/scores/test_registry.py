@@ -148,7 +148,7 @@ def test_a_score_declared_without_data_is_told_so_when_it_asks_for_some():
         get_peft_model(_base(), _config("sly"))
 
 
-@pytest.mark.parametrize("score", ["random", "movement", "nobody"])
+@pytest.mark.parametrize("score", ["random", "nobody"])
 def test_what_cannot_be_built_upon_is_said(score):
     register_score("on", lambda inputs: inputs.compute(score).scores)
     with pytest.raises(ScoreError, match="only fisher, fisher_batch, gradient, movement and magnitude"):

@@ -45,7 +45,7 @@ def test_docstring_help_and_default_agree(name):
 
 def test_the_defaults_are_the_documented_ones():
     config = ChildTuningConfig()
-    assert (config.mode, config.density, config.score, config.scope) == ("task_driven", 0.3, "random", "global")
+    assert (config.mode, config.density, config.score, config.scope) == ("task_driven", 0.3, "movement", "tensor")
     assert (config.granularity, config.resample, config.init_weights) == ("element", False, True)
     assert config.target_modules is None
     assert config.save_dtype is None
@@ -107,7 +107,7 @@ def test_the_bounds_of_the_density_are_allowed(density):
 @pytest.mark.parametrize(
     ("options", "needed"),
     [
-        ({}, False),
+        ({}, True),
         ({"score": "fisher"}, True),
         ({"score": "fisher_batch"}, True),
         ({"score": "gradient"}, True),
