@@ -49,7 +49,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from peft_childtune import ChildNetwork, ChildTuningConfig, get_child_network, select_child_network
+from peft_childtune import ChildNetwork, ChildTuningConfig, fit_head, get_child_network, select_child_network
 
 Record = dict[str, Any]
 Wrap = Callable[[nn.Module], nn.Module]
@@ -166,10 +166,15 @@ def stored_bytes(folder: Path) -> int:
 
 
 def child(job: Job, density: float, **options: Any) -> Wrap:
-    """Return a wrapper that lets the training rows choose a child network, by the default unless options say how."""
+    """Return a wrapper that lets the training rows choose a child network: by options, or, with none, as is best.
+
+    That is with a head that has been fitted first, and by the default, movement.
+    """
 
     def wrap(base: nn.Module) -> nn.Module:
         model = get_peft_model(base, ChildTuningConfig(task_type="SEQ_CLS", density=density, **options))
+        if not options:
+            fit_head(model, job.loader(job.train), show_progress=False)
         select_child_network(model, job.loader(job.train), show_progress=False)
         return model
 

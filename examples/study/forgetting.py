@@ -93,8 +93,10 @@ def fine_tuned(method: str, rate: float, rows: Tensor, device: str) -> nn.Module
         config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
         model = get_peft_model(model, config)
     elif method != "full":
-        model = get_peft_model(model, ChildTuningConfig(task_type="CAUSAL_LM", density=0.02, **CHILDREN[method]))
-        select_child_network(model, loader, num_batches=STEPS // 4, show_progress=False)
+        config = ChildTuningConfig(task_type="CAUSAL_LM", density=0.02, **CHILDREN[method])
+        model = get_peft_model(model, config)
+        if config.needs_data:
+            select_child_network(model, loader, num_batches=STEPS // 4, show_progress=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, STEPS // 10, STEPS)

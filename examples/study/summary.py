@@ -1,4 +1,4 @@
-"""Make the study's tables and plots from its result lines, and put the tables into `README.md`.
+"""Make the study's tables and plots from its result lines; put the tables into this page, one into the main README.
 
 python examples/study/summary.py
 """
@@ -24,6 +24,15 @@ from run import RESULTS, read_lines  # noqa: E402
 RESAMPLES = 2000
 FEWEST_SEEDS = 3  # for an interval; below five it is somewhat too narrow
 FAILED = 0.02  # a run fails if it is not this much better than always saying the most frequent label
+CHOICES = {  # what the main README compares
+    "movement-full-2": '`score="movement"`, the default',
+    "random-2": '`score="random"`',
+    "fisher-global-2": '`score="fisher"`, the paper\'s',
+    "full": "full fine-tuning",
+    "lora": "LoRA r8",
+    "shira-2": "SHiRA",
+    "supertuning-2": "Super-Tuning",
+}
 Line = dict[str, Any]
 Runs = dict[tuple[str, int], Line]  # by task and seed
 
@@ -124,6 +133,21 @@ def table(methods: Mapping[str, Runs], *, tasks: Sequence[str], order: Sequence[
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
 
+def choices_table(methods: Mapping[str, Runs]) -> str:
+    """Return the Markdown table of what users choose between: means over tasks, and differences."""
+    rows = [
+        ["2 % chosen by, or instead", "accuracy", "against random", "against full"],
+        ["---", "---:", "---:", "---:"],
+    ]
+    for name, label in CHOICES.items():
+        if runs := methods.get(name):
+            tasks = {task for task, _ in runs}
+            means = [np.mean([line["accuracy"] for (t, _), line in runs.items() if t == task]) for task in tasks]
+            others = ["" if name == other else str(difference(runs, methods[other])) for other in ("random-2", "full")]
+            rows.append([label, f"{100 * np.mean(means):.1f}", *others])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def precision_table(fp32: Mapping[str, Runs], bf16: Mapping[str, Runs]) -> str:
     """Return the Markdown table of the runs that were made in both precisions."""
     rows = [["method", "task", "fp32", "bf16", "predictions that differ"], ["---", "---", "---:", "---:", "---:"]]
@@ -162,6 +186,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if lines["precision"]:
         here, there = chosen(lines["precision"], rates), chosen(lines["development"], rates)
         text = insert(text, precision_table(here, there), name="fp32")
+    if methods := chosen(lines["confirmation"], rates):
+        main_page = HERE.parents[1] / "README.md"
+        inserted = insert(main_page.read_text(encoding="utf-8"), choices_table(methods), name="choices")
+        main_page.write_text(inserted, encoding="utf-8")
     draw_rates(lines["development"], options.results / "rates.png")
     options.readme.write_text(text, encoding="utf-8")
     print(f"wrote the tables in {options.readme}")

@@ -44,7 +44,10 @@ def load(name: str, *, seed: int, train_rows: int = TRAIN_ROWS, test_rows: int =
     """
     name, _, other = name.partition(" to ")
     if other:
-        source, target = load(name, seed=seed, train_rows=train_rows, test_rows=test_rows), load(other, seed=seed)
+        source, target = (
+            load(name, seed=seed, train_rows=train_rows, test_rows=test_rows),
+            load(other, seed=seed, train_rows=train_rows, test_rows=test_rows),
+        )
         if source.num_labels != target.num_labels:
             raise ValueError(f"{name} has {source.num_labels} labels, {other} {target.num_labels}.")
         return Split(source.train, target.test, source.num_labels)

@@ -150,6 +150,8 @@ def _wrapped(
         config = ChildTuningConfig(task_type="SEQ_CLS", seed=seed, **options)
         batches = make_batches(by_length(rows), device)
         if method.stage != "before":
+            if method.fits_head or method.contrastive:
+                raise ValueError(f"stage={method.stage!r} cannot be had together with a fitted head or another loss.")
             return {"warm": chosen_after_warm_up, "again": chosen_again}[method.stage](
                 model, config, batches, for_an_epoch
             )

@@ -37,7 +37,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "mode": config.get("mode"),
         "score": config.get("score") if config.get("mode") != "task_free" else None,
         "density": config.get("density"),
-        "scope": config.get("scope"),
+        "scope": config.get("scope") or (config.get("selection") or {}).get("scope", "global"),
         "granularity": config.get("granularity"),
         "resample": config.get("resample"),
         "seed": config.get("seed"),

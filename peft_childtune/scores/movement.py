@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,23 +28,29 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
     """Return how far each weight moves in a training of all covered weights and heads, then take it back.
 
     AdamW without weight decay, gradients clipped to norm 1, in train mode, three steps at least. Afterwards every
-    weight, gradient and buffer is what it was, bit for bit, also if the training breaks off. It takes the memory of
-    full fine-tuning (in float32, whatever the model has), and a copy of the weights, which `scores_device` can place
-    elsewhere. Several processes train together, each on its share of the data.
+    covered weight and head, gradient and buffer is what it was, bit for bit, also if the training breaks off. (What a
+    forward writes into other parameters stays.) It takes the memory of full fine-tuning (in float32, whatever the
+    model has), and a copy of the weights, which `scores_device` can place elsewhere. Several processes train together,
+    each on its share of the data: as many times fewer steps, on larger batches.
 
     Args:
         inputs: of a score.
-        epochs: over the dataloader; more than one, or fewer than three batches, need one that can be read again.
+        epochs: over the dataloader, which has to yield its batches each time; those of an iterator are kept.
         learning_rate: of full fine-tuning.
 
     Raises:
-        ScoreError: there are no batches, or a loss is missing or not finite.
+        ScoreError: there are no batches, a loss is missing, a loss or gradient is not finite, or nothing moves.
         SelectionError: another process has failed.
 
     Source: the sparse masks of LT-SFT, Ansell et al. 2022 (arXiv:2110.07560), section 3.
     """
+    if epochs < 1 or not 0 < learning_rate < math.inf:
+        raise ScoreError(f"epochs={epochs}, learning_rate={learning_rate}: give an epoch or more, and a rate above 0.")
     check_data(inputs.dataloader, num_batches=inputs.num_batches)
     assert inputs.dataloader is not None  # it was checked
+    data: Iterable[Any] = inputs.dataloader
+    if isinstance(data, Iterator):  # which can be read only once
+        data = list(islice(data, inputs.num_batches))
     device = None if inputs.scores_device is None else torch.device(inputs.scores_device)
     moved = {id(p): p for p in (*inputs.parameters.values(), *inputs.heads.values())}
     before = {key: p.detach().to(device or p.device, copy=True) for key, p in moved.items()}
@@ -57,7 +66,7 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
             )
             passes, loss = 0, float("nan")
             while passes < epochs or training.steps < _FEWEST_STEPS:
-                loss = training.epoch(inputs.dataloader, num_batches=inputs.num_batches, title=title)
+                loss = training.epoch(data, num_batches=inputs.num_batches, title=title)
                 passes += 1
             ends = dict(zip(moved, training.masters, strict=True))
             squares = dict(zip(moved, training.squares(), strict=True))
@@ -72,8 +81,8 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
         raise ScoreError("score='movement': no weight has moved; look at what the loss is computed from.")
     return ScoreResult(
         scores,
-        num_examples=training.examples,
-        num_batches=training.batches,
+        num_examples=training.examples // passes,
+        num_batches=training.batches // passes,
         loss=loss,
         squares={name: squares[id(p)] for name, p in inputs.parameters.items()},
     )

@@ -32,7 +32,12 @@ def preserved(model: nn.Module, device: torch.device) -> Iterator[None]:
         raise ScoreError("The model was built inside torch.inference_mode() and has no gradients; build it outside.")
     training = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
     random_state = torch.get_rng_state()
     device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
@@ -48,7 +53,8 @@ def preserved(model: nn.Module, device: torch.device) -> Iterator[None]:
         for parameter, was_trainable, grad in trainable:
             parameter.requires_grad, parameter.grad = was_trainable, grad
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer  # a forward may have put another one there
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
         torch.set_rng_state(random_state)

@@ -55,14 +55,15 @@ def children_by_data(
         result.scores,
         grids=grids_of(model, adapter_name, config),
         density=config.density,
-        scope=config.scope,
+        scope=config.budget_scope,
         groups=groups_of(model, result.scores),
     )
-    how: dict[str, Any] = {"source": config.score}
+    how: dict[str, Any] = {"source": config.score, "scope": config.budget_scope}
     if result.num_batches:
         how |= {"examples": result.num_examples, "loss": result.loss}
     if result.squares is not None:
-        how["gradient_share"] = gradient_share(result.squares, children, squared=True)
+        if any(bool(each.any()) for each in result.squares.values()):  # in fp32 tiny ones are all zero
+            how["gradient_share"] = gradient_share(result.squares, children, squared=True)
     elif config.score in DATA_SCORES:  # means of gradients, or of their squares
         how["gradient_share"] = gradient_share(result.scores, children, squared=config.score != "gradient")
     return children, how
@@ -85,11 +86,11 @@ def data_free_children(model: nn.Module, adapter_name: str, config: ChildTuningC
     groups = groups_of(model, grids)
     if config.mode == "task_free" or config.score == "random":
         return select_random_children(
-            grids=grids, density=config.density, scope=config.scope, groups=groups, seed=config.seed
+            grids=grids, density=config.density, scope=config.budget_scope, groups=groups, seed=config.seed
         )
     with BaseAlone(model, adapter_name):
         scores = compute_scores(config.score, ScoreInputs(model, _parameters(model, adapter_name))).scores
-    return select_children(scores, grids=grids, density=config.density, scope=config.scope, groups=groups)
+    return select_children(scores, grids=grids, density=config.density, scope=config.budget_scope, groups=groups)
 
 
 def _parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -87,7 +87,7 @@ class ChildTuningConfig(PeftConfig):
     Example:
         >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.02).score
         'movement'
-        >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.3, score="fisher").scope  # Child-Tuning-D
+        >>> ChildTuningConfig(task_type="SEQ_CLS", density=0.3, score="fisher").budget_scope  # Child-Tuning-D
         'global'
 
     Source: Xu et al. 2021 (arXiv:2109.05687).
@@ -129,8 +129,8 @@ class ChildTuningConfig(PeftConfig):
             )
         },
     )
-    scope: Scope = field(
-        default=None,  # type: ignore[arg-type]  # one of them after __post_init__
+    scope: Scope | None = field(
+        default=None,
         metadata={
             "help": (
                 "Over what the budget is shared: `global` (all tensors), `layer` (each transformer block), `tensor` "
@@ -226,8 +226,6 @@ class ChildTuningConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if self.scope is None:
-            self.scope = "tensor" if self.mode == "task_driven" and self.score == "movement" else "global"
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
@@ -237,6 +235,13 @@ class ChildTuningConfig(PeftConfig):
     def needs_data(self) -> bool:
         """Whether the child can be chosen only by `select_child_network(model, dataloader)`."""
         return self.mode == "task_driven" and sees_data(self.score)
+
+    @property
+    def budget_scope(self) -> Scope:
+        """Over what the budget is shared: `scope`, or what its `None` stands for."""
+        if self.scope is not None:
+            return self.scope
+        return "tensor" if self.mode == "task_driven" and self.score == "movement" else "global"
 
     @property
     def file_digest(self) -> bytes | None:
@@ -310,7 +315,7 @@ class ChildTuningConfig(PeftConfig):
         choices = {"mode": Mode, "scope": Scope, "granularity": Granularity, "save_dtype": SaveDtype}
         for name, literal in choices.items():
             value = getattr(self, name)
-            if value not in get_args(literal) and not (name == "save_dtype" and value is None):
+            if value not in get_args(literal) and not (name in ("scope", "save_dtype") and value is None):
                 raise ConfigError(f"{name}={shown(value)} is not one of {', '.join(map(repr, get_args(literal)))}.")
 
         # one that was loaded chooses nothing any more, and its score may be registered elsewhere only
@@ -353,7 +358,7 @@ class ChildTuningConfig(PeftConfig):
             raise ConfigError(
                 f'score={shown(self.score)} has no meaning with mode="task_free", which chooses at random.'
             )
-        if self.resample and (self.granularity != "element" or self.scope != "global"):
+        if self.resample and (self.granularity != "element" or self.budget_scope != "global"):
             raise ConfigError(
                 "resample=True draws a mask over single entries; leave granularity='element' and scope='global'."
             )

@@ -176,6 +176,7 @@ def estimate_memory(
     if config.score == "movement" and not is_random:  # gradients and AdamW's state; the scores' place holds a copy
         in_fp32 = sum(4 * t.numel() for t in tensors.values() if t.dtype in (torch.bfloat16, torch.float16))
         here = (0 if scores_on_host else scores) + 3 * scores + in_fp32 + 8 * max(t.numel() for t in tensors.values())
+        here += 16 * sum(parameter.numel() for parameter in whole)  # heads move, too
     lists = 0 if config.resample else 8 * nnz + 16 * sum(units.values())
     return MemoryEstimate(
         covered=sum(grid.numel for grid in grids.values()),
@@ -218,7 +219,7 @@ def _kept(
         return {name: float(grid.numel) for name, grid in grids.items()}, sum(grid.numel for grid in grids.values())
     kept: dict[str, float] = {}
     total = 0
-    for names, nnz in budgets_of(grids, density=config.density, scope=config.scope, groups=groups):
+    for names, nnz in budgets_of(grids, density=config.density, scope=config.budget_scope, groups=groups):
         share = nnz / max(1, sum(grids[name].numel for name in names))
         kept |= {name: share * grids[name].numel for name in names}
         total += nnz

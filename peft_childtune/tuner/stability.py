@@ -18,6 +18,7 @@ from ..scores import check_data
 from .base_alone import heads_of
 from .choosing import children_by_data
 from .inspection import config_of
+from .shards import without_repeats
 
 __all__ = ["SelectionStability", "selection_stability"]
 
@@ -92,12 +93,13 @@ def selection_stability(
         model = unwrapped(model)
         config = config_of(model, adapter_name)
         if not config.needs_data:
+            chosen_by = 'mode="task_free"' if config.mode == "task_free" else f'score="{config.score}"'
             raise SelectionError(
-                f"score={config.score!r} does not look at data, so the same child is chosen again; compare children "
-                "of two seeds by `ChildNetwork.overlap`."
+                f"{chosen_by} does not look at data, so the same child is chosen again; compare children of two seeds "
+                "by `ChildNetwork.overlap`."
             )
         check_data(dataloader, num_batches=num_batches)
-        batches = list(islice(dataloader, num_batches))
+        batches = list(islice(without_repeats(dataloader), num_batches))
         if len(batches) < 2 and world_size() == 1:
             raise ScoreError(f"{len(batches)} batches make no two halves; give two or more, or smaller ones.")
 

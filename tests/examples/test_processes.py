@@ -43,7 +43,7 @@ def launch(*command: str | Path) -> str:
 def classified(encoder, table_file, tmp_path_factory):
     """What two processes print, the folder they save in, and the folder of one process on the same global batch."""
     folder = tmp_path_factory.mktemp("classified")
-    line = f"--model {encoder} --dataset {table_file} --test-rows 25 --epochs 1 --density 0.05".split()
+    line = f"--model {encoder} --dataset {table_file} --test-rows 25 --epochs 1 --density 0.05 --score fisher".split()
     text_classification.main([*line, "--batch-size", "8", "--output", str(folder / "1")])
     printed = launch(EXAMPLES / "text_classification.py", *line, "--batch-size", "4", "--output", folder / "2")
     return printed, folder / "2" / "seed-0", folder / "1" / "seed-0"

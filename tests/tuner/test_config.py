@@ -45,7 +45,7 @@ def test_docstring_help_and_default_agree(name):
 
 def test_the_defaults_are_the_documented_ones():
     config = ChildTuningConfig()
-    assert (config.mode, config.density, config.score, config.scope) == ("task_driven", 0.3, "movement", "tensor")
+    assert (config.mode, config.density, config.score, config.scope) == ("task_driven", 0.3, "movement", None)
     assert (config.granularity, config.resample, config.init_weights) == ("element", False, True)
     assert config.target_modules is None
     assert config.save_dtype is None
@@ -172,6 +172,23 @@ def _wrapped(toy, config=None):
 
 def _listed(path):
     return json.loads((path / "adapter_config.json").read_text())["child"]
+
+
+def test_a_scope_that_was_not_given_follows_the_score():
+    config = ChildTuningConfig()
+    assert config.budget_scope == "tensor"
+    assert dataclasses.replace(config, score="fisher").budget_scope == "global"
+    assert dataclasses.replace(config, score="fisher", scope="row").budget_scope == "row"
+    assert dataclasses.replace(config, mode="task_free", resample=True).budget_scope == "global"
+    config.score = "fisher"
+    assert config.budget_scope == "global"
+
+
+def test_files_sealed_under_earlier_defaults_stay_valid():
+    # digests of configurations as they were when "fisher" and "global" were the defaults
+    assert ChildTuningConfig(score="fisher", scope="global").own_digest().hex() == "dc7048f8f8747f561349cde127705c16"
+    random = ChildTuningConfig(score="random", scope="global", density=0.02)
+    assert random.own_digest().hex() == "15e14990b6a06bd022f2c036d25be9cd"
 
 
 def test_saving_writes_the_sizes_into_the_file_and_not_into_the_live_configuration(toy, tmp_path):

@@ -251,10 +251,10 @@ def measured(options: str, blocks: int) -> tuple[dict[str, int], memory.MemoryEs
 
 
 RUNS = {
-    "1 % of the entries": ('{"density": 0.01}', 2),
-    "10 % of the entries": ('{"density": 0.1}', 2),
+    "1 % of the entries": ('{"density": 0.01, "score": "fisher"}', 2),
+    "10 % of the entries": ('{"density": 0.1, "score": "fisher"}', 2),
     "1 % by movement": ('{"density": 0.01, "score": "movement"}', 1),
-    "10 % of the rows": ('{"density": 0.1, "granularity": "row"}', 2),
+    "10 % of the rows": ('{"density": 0.1, "score": "fisher", "granularity": "row"}', 2),
     "a new mask at every step": ('{"density": 0.1, "mode": "task_free", "resample": true}', 1),
 }
 
@@ -273,5 +273,5 @@ def test_choosing_takes_what_was_estimated(what):
 
 
 def test_choosing_many_weights_takes_no_more_than_device_and_host_were_estimated_to_need():
-    peaks, estimate = measured('{"density": 0.3}', 1)
+    peaks, estimate = measured('{"density": 0.3, "score": "fisher"}', 1)
     assert estimate.selection <= peaks["selection"] <= estimate.selection + estimate.selection_host + 3 * MIB

@@ -90,5 +90,5 @@ def test_nothing_is_installed_and_the_head_is_as_it_was(score):
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ScoreError, match="1 batches make no two halves"):
         _stability(_wrapped(), _batches(1))
-    with pytest.raises(SelectionError, match="score='random' does not look at data"):
+    with pytest.raises(SelectionError, match='score="random" does not look at data'):
         _stability(_wrapped(score="random"))
