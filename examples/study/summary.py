@@ -25,7 +25,8 @@ RESAMPLES = 2000
 FEWEST_SEEDS = 3  # for an interval; below five it is somewhat too narrow
 FAILED = 0.02  # a run fails if it is not this much better than always saying the most frequent label
 CHOICES = {  # what the main README compares
-    "movement-full-2": '`score="movement"`, the default',
+    "movement-full-fitted-2": '`fit_head`, then `score="movement"`, the default',
+    "movement-full-2": "the default without `fit_head`",
     "random-2": '`score="random"`',
     "fisher-global-2": '`score="fisher"`, the paper\'s',
     "full": "full fine-tuning",

@@ -60,8 +60,10 @@ def select_child_network(
 ) -> ChildNetwork:
     """Choose the child network of an adapter, make it the one that is trained, and return it.
 
-    Scores are taken on the base model, all adapters off, in eval mode; every flag and gradient is put back.
-    Make the optimizer afterwards: one that was made before does not hold the child's deltas.
+    Scores are taken on the base model, all adapters off, in eval mode; every flag and gradient is put back. Those by
+    `movement`, the default, are taken in train mode: it trains all covered weights, and what `modules_to_save` names,
+    for four passes over the data, and takes that back; `num_batches` bounds each pass. Call `fit_head` first where a
+    head is new. Make the optimizer afterwards: one that was made before does not hold the child's deltas.
 
     With several processes this is a collective: call it on every one (not only on the main one, and not under
     `main_process_first`), before the model is wrapped for training (before `accelerator.prepare`). Each scores its
@@ -69,7 +71,8 @@ def select_child_network(
     gives the same child, only later.) The sums are added up, every example counting once, and every process installs
     the same child: the one that a single process would choose, except that scores which agree to float32 rounding may
     change places, as their sums are taken in another order. Equal scores are taken in the order of tensors and
-    positions.
+    positions. (By `movement` they train together, in as many times fewer steps on larger batches, each with dropout of
+    its own: all get the same child, which is not the one that a single process would choose.)
 
     Args:
         model: a model with a `ChildTuningConfig` adapter that has not been trained yet.
