@@ -134,15 +134,15 @@ def table(methods: Mapping[str, Runs], *, tasks: Sequence[str], order: Sequence[
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
 
-def choices_table(methods: Mapping[str, Runs]) -> str:
-    """Return the Markdown table of what users choose between: means over tasks, and differences."""
+def choices_table(methods: Mapping[str, Runs], *, tasks: Sequence[str]) -> str:
+    """Return the Markdown table of what users choose between, if run on all tasks: means over these, and differences."""
     rows = [
         ["2 % chosen by, or instead", "accuracy", "against random", "against full"],
         ["---", "---:", "---:", "---:"],
     ]
     for name, label in CHOICES.items():
-        if runs := methods.get(name):
-            tasks = {task for task, _ in runs}
+        runs = methods.get(name, {})
+        if {task for task, _ in runs} == set(tasks):
             means = [np.mean([line["accuracy"] for (t, _), line in runs.items() if t == task]) for task in tasks]
             others = ["" if name == other else str(difference(runs, methods[other])) for other in ("random-2", "full")]
             rows.append([label, f"{100 * np.mean(means):.1f}", *others])
@@ -187,9 +187,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if lines["precision"]:
         here, there = chosen(lines["precision"], rates), chosen(lines["development"], rates)
         text = insert(text, precision_table(here, there), name="fp32")
+    tasks = protocol.phases["confirmation"].tasks
     if methods := chosen(lines["confirmation"], rates):
         main_page = HERE.parents[1] / "README.md"
-        inserted = insert(main_page.read_text(encoding="utf-8"), choices_table(methods), name="choices")
+        inserted = insert(main_page.read_text(encoding="utf-8"), choices_table(methods, tasks=tasks), name="choices")
         main_page.write_text(inserted, encoding="utf-8")
     draw_rates(lines["development"], options.results / "rates.png")
     options.readme.write_text(text, encoding="utf-8")

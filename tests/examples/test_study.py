@@ -149,6 +149,18 @@ def test_runs_in_both_precisions_are_put_beside_each_other(study):
     assert study["summary"].precision_table(fp32, bf16).splitlines()[-1] == "| `full` | t | 100.0 | 75.0 | 25.0 % |"
 
 
+def test_users_are_shown_what_was_run_on_all_tasks(study):
+    def runs(predictions, tasks="tu"):
+        return {(task, seed): _line(task=task, predictions=predictions) for task in tasks for seed in range(3)}
+
+    methods = {"full": runs("0101"), "random-2": runs("0100"), "lora": runs("0101", "t"), "other": runs("0101")}
+    rows = study["summary"].choices_table(methods, tasks=["t", "u"]).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ['| `score="random"`', "| full fine-tuning"]
+    assert rows[1].split(" | ")[1:3] == ["100.0", rows[1].split(" | ")[2]] and rows[1].split(" | ")[2].startswith(
+        "+25.0 ["
+    )
+
+
 def test_the_table_has_a_row_for_each_method_that_has_run_on_all_tasks(study):
     def runs(predictions):
         return {(task, seed): _line(task=task, predictions=predictions) for task in "tu" for seed in range(3)}
