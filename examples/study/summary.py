@@ -135,7 +135,7 @@ def table(methods: Mapping[str, Runs], *, tasks: Sequence[str], order: Sequence[
 
 
 def choices_table(methods: Mapping[str, Runs], *, tasks: Sequence[str]) -> str:
-    """Return the Markdown table of what users choose between, if run on all tasks: means over these, and differences."""
+    """Return the Markdown table of what users choose between, as far as it was run on all tasks."""
     rows = [
         ["2 % chosen by, or instead", "accuracy", "against random", "against full"],
         ["---", "---:", "---:", "---:"],
