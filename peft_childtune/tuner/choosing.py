@@ -58,6 +58,14 @@ def children_by_data(
         scope=config.budget_scope,
         groups=groups_of(model, result.scores),
     )
+    idle = [name for name, each in result.scores.items() if children[name].nnz and not bool(each.any())]
+    if idle:
+        logger.warning(
+            "%d tensors have scores of zero only, so what was chosen of them is their first entries, for example of "
+            "%s. If the loss does not depend on them, leave them out: exclude_modules, or scope='global'.",
+            len(idle),
+            idle[0],
+        )
     how: dict[str, Any] = {"source": config.score, "scope": config.budget_scope}
     if result.num_batches:
         how |= {"examples": result.num_examples, "loss": result.loss}

@@ -184,6 +184,25 @@ def test_a_reloaded_adapter_has_the_same_child_without_data(toy, batches, tmp_pa
     assert get_child_network(PeftModel.from_pretrained(toy(), tmp_path)) == chosen
 
 
+def test_entries_of_tensors_that_take_no_part_in_the_loss_are_named(caplog):
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    config = ChildTuningConfig(target_modules=["used", "idle"], score="fisher", scope="tensor", density=0.5)
+    model = get_peft_model(Idle(), config)
+    data = [torch.randn(4, 4)]
+    select_child_network(model, data, loss_fn=lambda m, x: m(x).square().mean(), show_progress=False)
+    assert [record.getMessage()[:47] for record in caplog.records] == [
+        "2 tensors have scores of zero only, so what was"
+    ]
+    assert "idle." in caplog.text
+
+
 def test_the_selection_is_recorded_in_the_configuration(toy, batches, tmp_path):
     model = _wrapped(toy())
     child = _select(model, batches)
