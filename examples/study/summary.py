@@ -28,8 +28,10 @@ CHOICES = {  # what the main README compares
     "movement-full-fitted-2": '`fit_head`, then `score="movement"`, the default',
     "movement-full-2": "the default without `fit_head`",
     "random-2": '`score="random"`',
+    "random-fitted-2": '`fit_head`, then `score="random"`',
     "fisher-global-2": '`score="fisher"`, the paper\'s',
     "full": "full fine-tuning",
+    "full-fitted": "`fit_head`, then full fine-tuning",
     "lora": "LoRA r8",
     "shira-2": "SHiRA",
     "supertuning-2": "Super-Tuning",
@@ -136,16 +138,15 @@ def table(methods: Mapping[str, Runs], *, tasks: Sequence[str], order: Sequence[
 
 def choices_table(methods: Mapping[str, Runs], *, tasks: Sequence[str]) -> str:
     """Return the Markdown table of what users choose between, as far as it was run on all tasks."""
-    rows = [
-        ["2 % chosen by, or instead", "accuracy", "against random", "against full"],
-        ["---", "---:", "---:", "---:"],
-    ]
+    rows = [["2 % chosen by, or instead", "seeds", "accuracy", "against random", "against full"]]
+    rows.append(["---", "---:", "---:", "---:", "---:"])
     for name, label in CHOICES.items():
         runs = methods.get(name, {})
         if {task for task, _ in runs} == set(tasks):
             means = [np.mean([line["accuracy"] for (t, _), line in runs.items() if t == task]) for task in tasks]
             others = ["" if name == other else str(difference(runs, methods[other])) for other in ("random-2", "full")]
-            rows.append([label, f"{100 * np.mean(means):.1f}", *others])
+            seeds = min(sum(t == task for t, _ in runs) for task in tasks)
+            rows.append([label, str(seeds), f"{100 * np.mean(means):.1f}", *others])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

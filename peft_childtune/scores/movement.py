@@ -69,7 +69,6 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
                 loss = training.epoch(data, num_batches=inputs.num_batches, title=title)
                 passes += 1
             ends = dict(zip(moved, training.masters, strict=True))
-            squares = dict(zip(moved, training.squares(), strict=True))
             scores = {
                 name: (ends[id(p)].detach().to(before[id(p)].device) - before[id(p)]).abs_().float()
                 for name, p in inputs.parameters.items()
@@ -84,5 +83,4 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
         num_examples=training.examples // passes,
         num_batches=training.batches // passes,
         loss=loss,
-        squares={name: squares[id(p)] for name, p in inputs.parameters.items()},
     )

@@ -105,7 +105,7 @@ def compute_scores(name: str, inputs: ScoreInputs) -> ScoreResult:
     with preserved(inputs.model, next(inputs.model.parameters()).device):
         found = function(inputs)
     result = found if isinstance(found, ScoreResult) else ScoreResult(found)  # type: ignore[arg-type]  # checked next
-    return replace(result, scores=_checked(name, result.scores, inputs.parameters), squares=None)
+    return replace(result, scores=_checked(name, result.scores, inputs.parameters))
 
 
 def _find(name: str) -> _Score:

@@ -21,15 +21,12 @@ class ScoreResult:
         num_batches: batches that were read, likewise.
         loss: mean loss of the pass, a sanity figure. A batch scored in one go counts with its own mean (over tokens,
             if that is how the model averages), one scored example by example with the mean of theirs.
-        squares: squared gradients, where the scores are something else and these are known: they tell what learning
-            rate a child needs. Of built-in scores only.
     """
 
     scores: dict[str, Tensor]
     num_examples: int = 0
     num_batches: int = 0
     loss: float = float("nan")
-    squares: dict[str, Tensor] | None = None
 
 
 def magnitude_scores(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

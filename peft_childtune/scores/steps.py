@@ -104,10 +104,6 @@ class ShortTraining:
             )
         return float(total[0] / total[1])
 
-    def squares(self) -> list[Tensor]:
-        """Return AdamW's running means of squared gradients, one for each of `masters`; after a step."""
-        return [self._optimizer.state[master]["exp_avg_sq"] for master in self.masters]
-
     def _loss(self, batch: Any) -> Tensor | None:
         loss = loss_of(self._model, detached_to(batch, self._home), loss_fn=self._loss_fn, index=self.batches)
         if not has_loss(loss.detach(), batch, index=self.batches):

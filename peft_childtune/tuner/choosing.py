@@ -69,11 +69,9 @@ def children_by_data(
     how: dict[str, Any] = {"source": config.score, "scope": config.budget_scope}
     if result.num_batches:
         how |= {"examples": result.num_examples, "loss": result.loss}
-    if result.squares is not None:
-        if any(bool(each.any()) for each in result.squares.values()):  # in fp32 tiny ones are all zero
-            how["gradient_share"] = gradient_share(result.squares, children, squared=True)
-    elif config.score in DATA_SCORES:  # means of gradients, or of their squares
-        how["gradient_share"] = gradient_share(result.scores, children, squared=config.score != "gradient")
+    if config.score in (*DATA_SCORES, "movement"):  # means of gradients, of their squares, or what they add up to
+        squared = config.score not in ("gradient", "movement")
+        how["gradient_share"] = gradient_share(result.scores, children, squared=squared)
     return children, how
 
 

@@ -51,7 +51,8 @@ def suggest_learning_rate(config: ChildTuningConfig, *, full: float = 1e-4) -> f
     AdamW moves each trained weight by about the learning rate a step, so a step lowers the loss by the learning rate
     times the sum of gradient sizes over what is trained. A child that holds a share s of that sum goes as far as the
     whole model if its rate is 1/s times as high. A random child of 2 % holds 2 % of the sum; one of 2 % that was
-    chosen by its gradients may hold 10 or 30 %, and diverges at the random child's rate.
+    chosen by its gradients may hold 10 or 30 %, and diverges at the random child's rate. Of a child by movement, s is
+    its share of the movement.
 
     Args:
         config: the adapter's, after the child was chosen: `model.peft_config["default"]`.

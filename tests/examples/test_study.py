@@ -156,9 +156,7 @@ def test_users_are_shown_what_was_run_on_all_tasks(study):
     methods = {"full": runs("0101"), "random-2": runs("0100"), "lora": runs("0101", "t"), "other": runs("0101")}
     rows = study["summary"].choices_table(methods, tasks=["t", "u"]).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ['| `score="random"`', "| full fine-tuning"]
-    assert rows[1].split(" | ")[1:3] == ["100.0", rows[1].split(" | ")[2]] and rows[1].split(" | ")[2].startswith(
-        "+25.0 ["
-    )
+    assert rows[1].split(" | ")[1:3] == ["3", "100.0"] and rows[1].split(" | ")[3].startswith("+25.0 [")
 
 
 def test_the_table_has_a_row_for_each_method_that_has_run_on_all_tasks(study):
