@@ -237,6 +237,11 @@ class ChildTuningConfig(PeftConfig):
         return self.mode == "task_driven" and sees_data(self.score)
 
     @property
+    def chosen_by(self) -> str:
+        """The option that says how the child is chosen, for messages."""
+        return 'mode="task_free"' if self.mode == "task_free" else f'score="{self.score}"'
+
+    @property
     def budget_scope(self) -> Scope:
         """Over what the budget is shared: `scope`, or what its `None` stands for."""
         if self.scope is not None:

@@ -130,10 +130,9 @@ def select_child_network(
         elif not config.needs_data:
             children = data_free_children(model, adapter_name, config)
             if dataloader is not None and is_first_rank():
-                chosen_by = 'mode="task_free"' if config.mode == "task_free" else f'score="{config.score}"'
                 warnings.warn(
-                    f"{chosen_by} chooses without data, so the dataloader is not read; the paper's child is that of "
-                    'ChildTuningConfig(score="fisher").',
+                    f"{config.chosen_by} chooses without data, so the dataloader is not read; the paper's child is "
+                    'that of ChildTuningConfig(score="fisher").',
                     stacklevel=2,
                 )
             how = {"source": "random" if config.mode == "task_free" else config.score}

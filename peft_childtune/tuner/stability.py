@@ -93,10 +93,9 @@ def selection_stability(
         model = unwrapped(model)
         config = config_of(model, adapter_name)
         if not config.needs_data:
-            chosen_by = 'mode="task_free"' if config.mode == "task_free" else f'score="{config.score}"'
             raise SelectionError(
-                f"{chosen_by} does not look at data, so the same child is chosen again; compare children of two seeds "
-                "by `ChildNetwork.overlap`."
+                f"{config.chosen_by} does not look at data, so the same child is chosen again; compare children of "
+                "two seeds by `ChildNetwork.overlap`."
             )
         check_data(dataloader, num_batches=num_batches)
         batches = list(islice(without_repeats(dataloader), num_batches))
