@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import assets
+from torch import Tensor
 
 UNLABELLED = -1  # what public test splits carry in place of a withheld label
 
@@ -86,6 +87,12 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int) -> list[dict[str, Any]
 def by_length(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records from short to long, so that batches need little padding."""
     return sorted(records, key=lambda record: len(record["input_ids"]))
+
+
+def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over each text's own tokens, `(rows, width)`, of states `(rows, tokens, width)` in float32."""
+    mask = mask.unsqueeze(-1)
+    return (hidden.float() * mask).sum(1) / mask.sum(1)
 
 
 def _from_lists(labelled: assets.Labelled) -> Rows:

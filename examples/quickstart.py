@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import assets
 import numpy as np
 import torch
-from data import by_length, load_rows, tokenize, train_test
+from data import by_length, load_rows, mean_pooled, tokenize, train_test
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import save_file
 from sklearn.linear_model import LogisticRegression
@@ -232,9 +232,7 @@ def pooled_features(encoder: nn.Module, loader: DataLoader[Any]) -> tuple[np.nda
     for batch in loader:
         labels.append(batch.pop("labels"))
         batch = batch.to(device())
-        mask = batch["attention_mask"].unsqueeze(-1)
-        hidden = encoder(**batch).last_hidden_state
-        features.append(((hidden * mask).sum(1) / mask.sum(1)).float().cpu())
+        features.append(mean_pooled(encoder(**batch).last_hidden_state, batch["attention_mask"]).cpu())
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
 
 

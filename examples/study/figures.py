@@ -46,3 +46,19 @@ def draw_rates(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     ax.set_ylabel("accuracy, mean over the development tasks")
     ax.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
+
+
+def draw_forgetting(changes: Mapping[tuple[str, float], Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Draw one curve a method over its learning rates: what it learnt of the tales, what it forgot of others."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (method, _), seeds in sorted(changes.items()):
+        means = [sum(each[name] for each in seeds) / len(seeds) for name in ("unrelated", "tales")]
+        found[method].append((means[0], means[1]))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    for method, points in found.items():
+        ax.plot(*zip(*points, strict=True), marker="o", label=method)
+    ax.set_xlabel("change of loss on unrelated texts, nats a token: further left forgets less")
+    ax.set_ylabel("on other tales: lower learns more")
+    ax.legend()
+    figure.savefig(path, dpi=110)

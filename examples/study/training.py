@@ -15,7 +15,7 @@ import candidates
 import numpy as np
 import torch
 from contrast import contrastive_loss
-from data import by_length, tokenize
+from data import by_length, mean_pooled, tokenize
 from loop import EPOCHS, MAX_LENGTH, Record, make_batches, predict, tokenizer, train
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from sklearn.linear_model import LogisticRegression
@@ -182,7 +182,6 @@ def _features(encoder: nn.Module, records: Sequence[Record], device: str) -> np.
     """Return the mean of the last hidden states over each text's own tokens, `(rows, width)`, in the rows' order."""
     found = []
     for batch in make_batches(records, device, size=32):
-        mask = batch["attention_mask"].unsqueeze(-1)
         hidden = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        found.append(((hidden * mask).sum(1) / mask.sum(1)).float().cpu())
+        found.append(mean_pooled(hidden, batch["attention_mask"]).cpu())
     return torch.cat(found).numpy()
