@@ -17,7 +17,7 @@ from peft_childtune.scores.registry import (
 )
 from peft_childtune.scores.result import ScoreResult, magnitude_scores
 from peft_childtune.scores.score import DATA_SCORES, check_data, score_parameters
-from peft_childtune.scores.steps import ShortTraining
+from peft_childtune.scores.steps import ShortTraining, check_schedule
 
 __all__ = [
     "DATA_SCORES",
@@ -28,6 +28,7 @@ __all__ = [
     "ShortTraining",
     "batch_size",
     "check_data",
+    "check_schedule",
     "compute_scores",
     "examples",
     "is_score",

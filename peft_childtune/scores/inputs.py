@@ -42,17 +42,21 @@ class ScoreInputs:
     scores_device: torch.device | str | None = None
     show_progress: bool = True
 
-    def compute(self, score: str, *, epochs: int = 4, learning_rate: float = 2e-4) -> ScoreResult:
+    def compute(self, score: str, *, epochs: int | None = None, learning_rate: float | None = None) -> ScoreResult:
         """Return a built-in score of the same parameters on the same data, to build upon.
 
         Args:
             score: `fisher`, `fisher_batch`, `gradient`, `magnitude` or `movement`.
-            epochs: of `movement`: how often the data are read.
-            learning_rate: of `movement`, which trains all weights.
+            epochs: of `movement` only: how often the data are read; None for 4.
+            learning_rate: of `movement` only, which trains all weights; None for 2e-4.
 
         Raises:
-            ScoreError: it is another one, or needs data where there are none.
+            ScoreError: it is another one, has no such options, or needs data where there are none.
         """
+        options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
+        options = {name: value for name, value in options.items() if value is not None}
+        if options and score != "movement":
+            raise ScoreError(f"score={score!r} takes no {' and no '.join(options)}; only 'movement' trains.")
         if score == "magnitude":
             return ScoreResult(magnitude_scores(self.parameters))
         known = (*sorted(DATA_SCORES), "movement")
@@ -61,7 +65,7 @@ class ScoreInputs:
         if self.dataloader is None:
             raise ScoreError(f"score={score!r} looks at data; register what uses it with `needs_data=True`.")
         if score == "movement":
-            return movement_scores(self, epochs=epochs, learning_rate=learning_rate)
+            return movement_scores(self, **options)
         return score_parameters(
             self.model,
             self.parameters,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from peft_childtune.ranks import is_first_rank
 from peft_childtune.scores.preserve import preserved
 from peft_childtune.scores.result import ScoreResult
 from peft_childtune.scores.score import check_data
-from peft_childtune.scores.steps import ShortTraining
+from peft_childtune.scores.steps import ShortTraining, check_schedule
 
 if TYPE_CHECKING:
     from peft_childtune.scores.inputs import ScoreInputs
@@ -44,8 +43,7 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
 
     Source: the sparse masks of LT-SFT, Ansell et al. 2022 (arXiv:2110.07560), section 3.
     """
-    if epochs < 1 or not 0 < learning_rate < math.inf:
-        raise ScoreError(f"epochs={epochs}, learning_rate={learning_rate}: give an epoch or more, and a rate above 0.")
+    check_schedule(epochs, learning_rate)
     check_data(inputs.dataloader, num_batches=inputs.num_batches)
     assert inputs.dataloader is not None  # it was checked
     data: Iterable[Any] = inputs.dataloader

@@ -15,9 +15,15 @@ from peft_childtune.scores.batch import batch_size, detached_to, loss_of
 from peft_childtune.scores.finite import has_loss
 from peft_childtune.scores.score import no_batches, read_batches
 
-__all__ = ["ShortTraining"]
+__all__ = ["ShortTraining", "check_schedule"]
 
 _FP16_SCALE = 1024.0  # of the loss, as gradients below 6e-8 are lost in float16; a power of two rounds nothing
+
+
+def check_schedule(epochs: int, learning_rate: float) -> None:
+    """Raise `ScoreError` unless there is an epoch or more, and a finite learning rate above 0."""
+    if epochs < 1 or not 0 < learning_rate < math.inf:
+        raise ScoreError(f"epochs={epochs}, learning_rate={learning_rate}: give an epoch or more, and a rate above 0.")
 
 
 class ShortTraining:

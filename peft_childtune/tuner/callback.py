@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import SelectionError
 from ..ranks import agree
 from .config import ChildTuningConfig
+from .head import fit_head
 from .install import layers_of
 from .selection import select_child_network
 
@@ -40,7 +41,9 @@ class ChildTuningCallback(TrainerCallback):
         loss_fn: called as `loss_fn(model, batch)`; returns the mean loss of the batch. None: `model(**batch).loss`.
         adapter_name: whose child; None for every adapter.
         scores_device: as in `select_child_network`.
-        show_progress: show a progress bar, unless the trainer's own are off.
+        head_epochs: passes of `fit_head` over the batches, before anything is chosen; 3 are its default, and belong
+            before `movement` wherever a head is new. 0 leaves heads as they are, and is right where there are none.
+        show_progress: show progress bars, unless the trainer's own are off.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -66,6 +69,7 @@ class ChildTuningCallback(TrainerCallback):
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         adapter_name: str | None = None,
         scores_device: torch.device | str | None = None,
+        head_epochs: int = 0,
         show_progress: bool = True,
     ) -> None:
         self.dataloader = dataloader
@@ -73,6 +77,7 @@ class ChildTuningCallback(TrainerCallback):
         self.loss_fn = loss_fn
         self.adapter_name = adapter_name
         self.scores_device = scores_device
+        self.head_epochs = head_epochs
         self.show_progress = show_progress
 
     def on_init_end(
@@ -82,7 +87,7 @@ class ChildTuningCallback(TrainerCallback):
 
         Raises:
             SelectionError: the model has no such adapter, the trainer is not to be found, or the checkpoint to resume
-                from is there for some processes only; and what `select_child_network` raises.
+                from is there for some processes only; and what `fit_head` and `select_child_network` raise.
         """
         model: nn.Module = kwargs["model"]
         if not (waiting := self._without_child(model)):
@@ -96,17 +101,18 @@ class ChildTuningCallback(TrainerCallback):
         if resumes:
             logger.info("%s brings its child along, so none is chosen.", checkpoint)
             return
-        dataloader = _training_batches() if self.dataloader is None else self.dataloader
+        given = _training_batches() if self.dataloader is None else self.dataloader
         for adapter_name in waiting:
-            select_child_network(
-                model,
-                dataloader() if callable(dataloader) else dataloader,
-                num_batches=self.num_batches,
-                loss_fn=self.loss_fn,
-                adapter_name=adapter_name,
-                scores_device=self.scores_device,
-                show_progress=self.show_progress and not args.disable_tqdm,
-            )
+            dataloader = given() if callable(given) else given
+            same: dict[str, Any] = {
+                "num_batches": self.num_batches,
+                "loss_fn": self.loss_fn,
+                "adapter_name": adapter_name,
+                "show_progress": self.show_progress and not args.disable_tqdm,
+            }
+            if self.head_epochs:
+                fit_head(model, dataloader, epochs=self.head_epochs, **same)
+            select_child_network(model, dataloader, scores_device=self.scores_device, **same)
 
     def _without_child(self, model: nn.Module) -> list[str]:
         configs = getattr(model, "peft_config", None)

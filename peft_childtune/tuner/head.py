@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import SelectionError
-from ..ranks import failing_together, is_first_rank, unwrapped
-from ..scores import ShortTraining, check_data, preserved
+from ..ranks import failing_together, is_first_rank
+from ..scores import ShortTraining, check_data, check_schedule, preserved
 from .base_alone import BaseAlone, heads_of
-from .inspection import config_of
+from .readiness import ready_model
 from .shards import without_repeats
 
 __all__ = ["fit_head"]
@@ -24,6 +24,7 @@ def fit_head(
     *,
     epochs: int = 3,
     learning_rate: float = 3e-3,
+    num_batches: int | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     adapter_name: str = "default",
     show_progress: bool = True,
@@ -40,6 +41,7 @@ def fit_head(
         dataloader: batches for `model(**batch).loss`, or for `loss_fn`; read `epochs` times.
         epochs: how often.
         learning_rate: of AdamW, without warm-up or decay.
+        num_batches: read so many batches in each epoch only, on each process; None for all.
         loss_fn: called as `loss_fn(model, batch)`; returns the mean loss of the batch.
         adapter_name: whose head.
         show_progress: show a progress bar, on the first process.
@@ -48,8 +50,11 @@ def fit_head(
         The mean loss of the last epoch.
 
     Raises:
-        SelectionError: no such adapter, or it trains no module whole; or another process has failed.
-        ScoreError: the data give no finite loss, or none that depends on the head.
+        SelectionError: no such adapter, or it trains no module whole; a model that is wrapped already, processes that
+            differ or of which one has failed.
+        UnsupportedError: the model's weights are divided among processes already.
+        ScoreError: no epochs, or a learning rate that is not above 0; the data give no finite loss, or none that
+            depends on the head.
 
     Example:
         >>> import torch
@@ -66,10 +71,10 @@ def fit_head(
 
     Source: linear probing before fine-tuning, Kumar et al. 2022 (arXiv:2202.10054).
     """
+    model, _ = ready_model(model, adapter_name, caller="fit_head", needs_weights=True)
     with failing_together():
-        model = unwrapped(model)
-        config_of(model, adapter_name)
-        check_data(dataloader, num_batches=None)
+        check_schedule(epochs, learning_rate)
+        check_data(dataloader, num_batches=num_batches)
         heads = list(heads_of(model, adapter_name).values())
         if not heads:
             raise SelectionError(
@@ -84,5 +89,5 @@ def fit_head(
         training = ShortTraining(model, heads, learning_rate=learning_rate, loss_fn=loss_fn)
         hidden = not (show_progress and is_first_rank())
         for _ in tqdm(range(epochs), desc="Fitting the head", unit="epoch", disable=hidden):
-            loss = training.epoch(without_repeats(dataloader))
+            loss = training.epoch(without_repeats(dataloader), num_batches=num_batches)
     return loss

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, SelectionError
 from ..network import ChildNetwork
-from ..ranks import agree, failing_together, is_first_rank, unwrapped, world_size
+from ..ranks import agree, failing_together, is_first_rank
 from ..sparse import TensorChild
-from ..weights import sampled_digest
 from .choosing import children_by_data, data_free_children
 from .config import ChildTuningConfig
 from .diagnosis import selection_report, warnings_of
-from .inspection import config_of
 from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
 from .offload import onloaded, out_of_reach
-from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
+from .readiness import ready_model
 from .steps import watch_optimizers
 
 __all__ = ["select_child_network"]
@@ -111,17 +109,11 @@ def select_child_network(
     """
     if isinstance(dataloader, str | os.PathLike | ChildNetwork):
         raise ConfigError("dataloader: a child network goes to `network`: select_child_network(model, network=...).")
-    _warn_of_missing_group()
+    model, config = ready_model(
+        model, adapter_name, caller="select_child_network", needs_weights=None if network is None else False
+    )
     with failing_together():
-        _check_not_wrapped(model)
-        model = unwrapped(model)
-        config = config_of(model, adapter_name)
-        _check_whole(
-            model, needs_weights=network is None and (config.score != "random" and config.mode == "task_driven")
-        )
         _check_untrained(model, adapter_name, config)
-    if world_size() > 1:
-        agree(sampled_digest(dict(model.named_parameters())), what=_DIFFERENT_MODELS)
     with failing_together():
         if network is not None:
             grids = grids_of(model, adapter_name, config)
@@ -182,47 +174,6 @@ def select_child_network(
 
 def _on_cpu(child: TensorChild) -> TensorChild:
     return TensorChild(child.grid, child.units.cpu() if isinstance(child.units, Tensor) else child.units)
-
-
-_DIFFERENT_MODELS = (
-    "the model's weights are not the same on all processes; build it from the same checkpoint, and with the same seed "
-    "for a new head: transformers.set_seed(0) before `from_pretrained`."
-)
-
-
-def _warn_of_missing_group() -> None:
-    if world_size() == 1 and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        warnings.warn(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but the processes have not been connected, so this one chooses a "
-            "child of its own; make the Accelerator or TrainingArguments first (or call "
-            "torch.distributed.init_process_group), and without accelerators set ACCELERATE_USE_CPU=true.",
-            stacklevel=3,
-        )
-
-
-def _check_not_wrapped(model: nn.Module) -> None:
-    model = getattr(model, "_orig_mod", model)  # inside `torch.compile`
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise SelectionError(
-            "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "
-            "select_child_network before wrapping (before `accelerator.prepare`), on every process."
-        )
-    if is_in_engine(model):
-        raise SelectionError(
-            "the model is in a DeepSpeed engine already, whose optimizer would not train the child; call "
-            "select_child_network before `deepspeed.initialize` (before `accelerator.prepare`), on every process."
-        )
-
-
-def _check_whole(model: nn.Module, *, needs_weights: bool) -> None:
-    if not needs_weights and sharding_of(model) == ZERO3:  # built under `deepspeed.zero.Init`: the shapes are known
-        return
-    refuse_sharded(
-        model,
-        what="select_child_network",
-        instead="choose the child before the model is wrapped (before `accelerator.prepare`), or on one machine, and "
-        "pass it in before wrapping: select_child_network(model, network=ChildNetwork.load(path)).",
-    )
 
 
 def _given(

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import ScoreError, SelectionError
 from ..network import ChildNetwork
-from ..ranks import failing_together, unwrapped, world_size
+from ..ranks import failing_together, world_size
 from ..scores import check_data
 from .base_alone import heads_of
 from .choosing import children_by_data
-from .inspection import config_of
+from .readiness import ready_model
 from .shards import without_repeats
 
 __all__ = ["SelectionStability", "selection_stability"]
@@ -73,7 +73,9 @@ def selection_stability(
         fresh one, and of the same size.
 
     Raises:
-        SelectionError: no such adapter, or its score does not look at data.
+        SelectionError: no such adapter, or its score does not look at data; a model that is wrapped already, processes
+            that differ or of which one has failed.
+        UnsupportedError: the model's weights are divided among processes already.
         ScoreError: there are fewer than two batches, or the data give no finite loss or score.
 
     Example:
@@ -89,9 +91,8 @@ def selection_stability(
 
     Source: Xu et al. 2021 (arXiv:2109.05687) compare the children of tasks by their overlap.
     """
+    model, config = ready_model(model, adapter_name, caller="selection_stability", needs_weights=True)
     with failing_together():
-        model = unwrapped(model)
-        config = config_of(model, adapter_name)
         if not config.needs_data:
             raise SelectionError(
                 f"{config.chosen_by} does not look at data, so the same child is chosen again; compare children of "

@@ -155,6 +155,14 @@ def test_what_cannot_be_built_upon_is_said(score):
         select_child_network(get_peft_model(_base(), _config("on")), _batches(), show_progress=False)
 
 
+@pytest.mark.parametrize("options", [{"epochs": 2}, {"learning_rate": 1e-3}], ids=str)
+@pytest.mark.parametrize("score", ["fisher", "magnitude"])
+def test_options_of_movement_are_refused_for_other_scores(score, options):
+    register_score("trains", lambda inputs: inputs.compute(score, **options).scores)
+    with pytest.raises(ScoreError, match=f"{score}' takes no {next(iter(options))}; only 'movement' trains"):
+        select_child_network(get_peft_model(_base(), _config("trains")), _batches(), show_progress=False)
+
+
 def test_gradients_and_buffers_are_put_back_for_a_score():
     def score(inputs):
         for weight in inputs.parameters.values():

@@ -12,6 +12,7 @@ from peft_childtune import (
     ChildTuningCallback,
     ChildTuningConfig,
     SelectionError,
+    fit_head,
     get_child_network,
     get_deltas,
     select_child_network,
@@ -172,6 +173,17 @@ def test_a_loss_function_and_a_number_of_batches_are_passed_on(tmp_path):
     trainer_for(model, tmp_path, callbacks=[ChildTuningCallback(batches(), num_batches=2, loss_fn=loss_fn)])
     assert get_child_network(model) == _child_of(batches()[:2], loss_fn=loss_fn)
     assert get_child_network(model) not in (_child_of(batches()[:2]), _child_of(batches(), loss_fn=loss_fn))
+
+
+def test_a_new_head_is_fitted_before_the_choice_if_asked_for(tmp_path):
+    model, twin = wrapped(), wrapped()
+    callback = ChildTuningCallback(batches(), head_epochs=2, num_batches=3, show_progress=False)
+    trainer_for(model, tmp_path, callbacks=[callback])
+    fit_head(twin, batches(), epochs=2, num_batches=3, show_progress=False)
+    select_child_network(twin, batches(), num_batches=3, show_progress=False)
+    assert get_child_network(model) == get_child_network(twin) != _child_of(batches(), num_batches=3)
+    heads = [{name: p for name, p in m.named_parameters() if "modules_to_save" in name} for m in (model, twin)]
+    assert heads[0] and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
 
 @pytest.mark.parametrize("disable_tqdm", [True, False])

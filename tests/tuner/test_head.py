@@ -82,6 +82,22 @@ def test_batches_of_different_sizes_each_take_a_step_of_their_own_mean():
     torch.testing.assert_close(_head(model).weight, _head(twin).weight)
 
 
+def test_the_number_of_batches_bounds_every_epoch():
+    model, twin = _wrapped(), _wrapped()
+    fit_head(model, _batches(), num_batches=2, loss_fn=_loss, show_progress=False)
+    fit_head(twin, _batches()[:2], loss_fn=_loss, show_progress=False)
+    assert torch.equal(_head(model).weight, _head(twin).weight)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"learning_rate": 0.0}, {"learning_rate": float("inf")}], ids=str)
+def test_a_schedule_that_fits_nothing_is_refused(options):
+    model = _wrapped()
+    before = _head(model).weight.clone()
+    with pytest.raises(ScoreError, match="an epoch or more, and a rate above 0"):
+        fit_head(model, _batches(), loss_fn=_loss, **options)
+    assert torch.equal(_head(model).weight, before)
+
+
 def test_an_adapter_without_a_head_is_refused():
     with pytest.raises(SelectionError, match="modules_to_save"):
         fit_head(_wrapped(modules_to_save=None), _batches(), loss_fn=_loss)

@@ -92,3 +92,10 @@ def test_what_cannot_be_compared_is_refused():
         _stability(_wrapped(), _batches(1))
     with pytest.raises(SelectionError, match='score="random" does not look at data'):
         _stability(_wrapped(score="random"))
+
+
+@pytest.mark.parametrize("look", [selection_stability, fit_head])
+def test_a_model_in_an_engine_is_refused(look, monkeypatch):
+    monkeypatch.setattr("peft_childtune.tuner.readiness.is_in_engine", lambda model: True)
+    with pytest.raises(SelectionError, match=f"call {look.__name__} before `deepspeed.initialize`"):
+        look(_wrapped(), _batches(), loss_fn=_loss)
