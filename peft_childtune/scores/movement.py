@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from peft_childtune.scores.inputs import ScoreInputs
 
 __all__ = ["movement_scores"]
+
+logger = logging.getLogger(__name__)
 
 _FEWEST_STEPS = 3  # the first moves every weight by the learning rate, in fp32 up to rounding, which would decide
 
@@ -62,10 +65,9 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
             training = ShortTraining(
                 inputs.model, list(moved.values()), learning_rate=learning_rate, max_norm=1.0, loss_fn=inputs.loss_fn
             )
-            passes, loss = 0, float("nan")
-            while passes < epochs or training.steps < _FEWEST_STEPS:
-                loss = training.epoch(data, num_batches=inputs.num_batches, title=title)
-                passes += 1
+            losses: list[float] = []
+            while len(losses) < epochs or training.steps < _FEWEST_STEPS:
+                losses.append(training.epoch(data, num_batches=inputs.num_batches, title=title))
             ends = dict(zip(moved, training.masters, strict=True))
             scores = {
                 name: (ends[id(p)].detach().to(before[id(p)].device) - before[id(p)]).abs_().float()
@@ -76,9 +78,20 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
                 p.data.copy_(before[key])
     if not any(bool(each.any()) for each in scores.values()):
         raise ScoreError("score='movement': no weight has moved; look at what the loss is computed from.")
+    if len(losses) > 1 and losses[-1] >= losses[0] and is_first_rank():
+        logger.warning(
+            "score='movement': the mean loss went from %.4g in the first pass to %.4g in the last one of %d, so what "
+            "moved says little of the data. If the learning rate, %g, is too high for this model, register a score "
+            "with a lower one: register_score('slow', lambda inputs: inputs.compute('movement', learning_rate=%g)).",
+            losses[0],
+            losses[-1],
+            len(losses),
+            learning_rate,
+            learning_rate / 10,
+        )
     return ScoreResult(
         scores,
-        num_examples=training.examples // passes,
-        num_batches=training.batches // passes,
-        loss=loss,
+        num_examples=training.examples // len(losses),
+        num_batches=training.batches // len(losses),
+        loss=losses[-1],
     )

@@ -249,3 +249,10 @@ def test_a_child_is_chosen_by_movement_with_the_head_in_training_and_the_model_a
     assert all(torch.equal(after[name], old) for name, old in before.items() if name in after)
     assert {name: after[name].requires_grad for name in flags} == flags
     assert not model.training
+
+
+@pytest.mark.parametrize(("rate", "told"), [(2e-2, False), (50.0, True)])
+def test_a_training_that_learns_nothing_is_told_of(rate, told, caplog):
+    movement_scores(_inputs(_Net(), dataloader=_batches(8)), learning_rate=rate)
+    assert ("so what moved says little of the data" in caplog.text) is told
+    assert ("compute('movement', learning_rate=5)" in caplog.text) is told
