@@ -5,10 +5,12 @@
 
 SmolLM2-135M is trained on tales of the brothers Grimm; its loss is measured on other tales, and on texts that have
 nothing to do with them. Each method is run at several learning rates, as the one loss can be bought with the other.
+Full fine-tuning also trains the embeddings; all others, `blocks` too, train in the transformer blocks only.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import statistics
@@ -36,18 +38,20 @@ from tqdm.auto import tqdm  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from peft_childtune import ChildTuningConfig, select_child_network  # noqa: E402
+from peft_childtune import ChildTuningConfig, register_score, select_child_network  # noqa: E402
 
 STEPS, BLOCK, BATCH, TEST_BLOCKS = 40, 128, 4, 24
 FILE = RESULTS / "forgetting.jsonl"
 Line = dict[str, Any]
 CHILDREN: dict[str, dict[str, Any]] = {
-    "random-2": {"score": "random"},
-    "fisher-global-2": {"score": "fisher", "scope": "global"},
-    "movement-tensor-2": {"score": "movement", "scope": "tensor"},
+    "blocks": {"density": 1.0, "score": "random"},
+    "random-2": {"density": 0.02, "score": "random"},
+    "fisher-global-2": {"density": 0.02, "score": "fisher", "scope": "global"},
+    "movement-tensor-2": {"density": 0.02, "score": "gentle", "scope": "tensor"},
 }
 RATES = {
     "full": (3e-5, 1e-4),
+    "blocks": (3e-5, 1e-4),
     "lora": (5e-4, 2e-3),
     "random-2": (1e-3, 4e-3),
     "fisher-global-2": (4e-4, 1.5e-3),
@@ -92,7 +96,7 @@ def fine_tuned(method: str, rate: float, seed: int, rows: Tensor, accelerator: A
             model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
         )
     elif method != "full":
-        config = ChildTuningConfig(task_type="CAUSAL_LM", density=0.02, seed=seed, **CHILDREN[method])
+        config = ChildTuningConfig(task_type="CAUSAL_LM", seed=seed, **CHILDREN[method])
         model = get_peft_model(model, config)
         if config.needs_data:
             with accelerator.autocast():
@@ -120,15 +124,21 @@ def changes(lines: Sequence[Line]) -> dict[tuple[str, float], list[dict[str, flo
     return found
 
 
+def spread(values: Sequence[float]) -> str:
+    """Return the mean, and the standard deviation if there is one."""
+    return f"{statistics.fmean(values):+.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
 def table(lines: Sequence[Line]) -> str:
-    """Return the Markdown table: the base's losses, then by how much each method changed them, means over seeds."""
+    """Return the Markdown table: the base's losses, then how each method changed them, mean and sd."""
     base = next(line["losses"] for line in lines if line["method"] == "base")
     rows = [["method", "rate", "seeds", "other tales", *(name for name in base if name != "tales"), "unrelated, mean"]]
     rows += [["---"] + ["---:"] * (len(rows[0]) - 1)]
     rows += [["base: loss", "", "", *(f"{base[name]:.3f}" for name in base), ""]]
     for (method, rate), found in changes(lines).items():
-        means = {name: statistics.fmean(each[name] for each in found) for name in found[0]}
-        rows += [[f"`{method}`", f"{rate:g}", str(len(found)), *(f"{mean:+.3f}" for mean in means.values())]]
+        rows += [
+            [f"`{method}`", f"{rate:g}", str(len(found)), *(spread([e[name] for e in found]) for name in found[0])]
+        ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -139,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--methods", nargs="+", choices=list(RATES), default=list(RATES), help="default: all")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     options = p.parse_args(argv)
+    register_score("gentle", lambda inputs: inputs.compute("movement", learning_rate=3e-5))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # peft 0.21
@@ -157,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 file.write(json.dumps(line) + "\n")
             del model
             accelerator.free_memory()
+            gc.collect()
     lines = read_lines(FILE)
     page = HERE / "README.md"
     page.write_text(insert(page.read_text(encoding="utf-8"), table(lines), name="forgetting"), encoding="utf-8")
