@@ -66,7 +66,8 @@ def _gather(value: str | None, group: dist.ProcessGroup | None = None) -> list[s
         logger.warning,
         [
             "process %d has waited %d s for the others: they are still at work, or never come here. Every process has "
-            "to call `select_child_network`, and to train: not only the main one, and not under `main_process_first`.",
+            "to call `fit_head` and `select_child_network`, and to train: not only the main one, and not under "
+            "`main_process_first`.",
             rank(),
             _PATIENCE,
         ],

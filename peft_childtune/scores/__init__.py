@@ -17,7 +17,7 @@ from peft_childtune.scores.registry import (
 )
 from peft_childtune.scores.result import ScoreResult, magnitude_scores
 from peft_childtune.scores.score import DATA_SCORES, check_data, score_parameters
-from peft_childtune.scores.steps import ShortTraining, check_schedule
+from peft_childtune.scores.steps import ShortTraining, check_schedule, rereadable
 
 __all__ = [
     "DATA_SCORES",
@@ -37,6 +37,7 @@ __all__ = [
     "movement_scores",
     "preserved",
     "register_score",
+    "rereadable",
     "score_names",
     "score_parameters",
     "sees_data",

@@ -55,13 +55,13 @@ class ScoreInputs:
         """
         options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
         options = {name: value for name, value in options.items() if value is not None}
+        known = (*sorted(DATA_SCORES), "movement")
+        if score not in (*known, "magnitude"):
+            raise ScoreError(f"score={score!r}: only {', '.join(known)} and magnitude can be built upon.")
         if options and score != "movement":
             raise ScoreError(f"score={score!r} takes no {' and no '.join(options)}; only 'movement' trains.")
         if score == "magnitude":
             return ScoreResult(magnitude_scores(self.parameters))
-        known = (*sorted(DATA_SCORES), "movement")
-        if score not in known:
-            raise ScoreError(f"score={score!r}: only {', '.join(known)} and magnitude can be built upon.")
         if self.dataloader is None:
             raise ScoreError(f"score={score!r} looks at data; register what uses it with `needs_data=True`.")
         if score == "movement":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +12,7 @@ from peft_childtune.ranks import is_first_rank
 from peft_childtune.scores.preserve import preserved
 from peft_childtune.scores.result import ScoreResult
 from peft_childtune.scores.score import check_data
-from peft_childtune.scores.steps import ShortTraining, check_schedule
+from peft_childtune.scores.steps import ShortTraining, check_schedule, rereadable
 
 if TYPE_CHECKING:
     from peft_childtune.scores.inputs import ScoreInputs
@@ -49,9 +47,7 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
     check_schedule(epochs, learning_rate)
     check_data(inputs.dataloader, num_batches=inputs.num_batches)
     assert inputs.dataloader is not None  # it was checked
-    data: Iterable[Any] = inputs.dataloader
-    if isinstance(data, Iterator):  # which can be read only once
-        data = list(islice(data, inputs.num_batches))
+    data = rereadable(inputs.dataloader, inputs.num_batches)
     device = None if inputs.scores_device is None else torch.device(inputs.scores_device)
     moved = {id(p): p for p in (*inputs.parameters.values(), *inputs.heads.values())}
     before = {key: p.detach().to(device or p.device, copy=True) for key, p in moved.items()}
@@ -76,22 +72,21 @@ def movement_scores(inputs: ScoreInputs, *, epochs: int = 4, learning_rate: floa
         finally:
             for key, p in moved.items():
                 p.data.copy_(before[key])
+        examples, batches = training.examples // len(losses), training.batches // len(losses)
+        start = training.epoch(data, num_batches=inputs.num_batches, steps=False)
     if not any(bool(each.any()) for each in scores.values()):
         raise ScoreError("score='movement': no weight has moved; look at what the loss is computed from.")
-    if len(losses) > 1 and losses[-1] >= losses[0] and is_first_rank():
+    if losses[-1] >= start and is_first_rank():
         logger.warning(
-            "score='movement': the mean loss went from %.4g in the first pass to %.4g in the last one of %d, so what "
-            "moved says little of the data. If the learning rate, %g, is too high for this model, register a score "
-            "with a lower one: register_score('slow', lambda inputs: inputs.compute('movement', learning_rate=%g)).",
-            losses[0],
+            "The training by which movement chooses has learnt nothing: the mean loss is %.4g before it, and %.4g in "
+            "the last of %d passes at a learning rate of %g, so what moved says little of the data. Where that rate "
+            "is too high (or low) for a model, or the data too few, give it others: register_score('mine', lambda "
+            "inputs: inputs.compute('movement', learning_rate=%g)), and ChildTuningConfig(score='mine', "
+            "scope='tensor').",
+            start,
             losses[-1],
             len(losses),
             learning_rate,
             learning_rate / 10,
         )
-    return ScoreResult(
-        scores,
-        num_examples=training.examples // len(losses),
-        num_batches=training.batches // len(losses),
-        loss=losses[-1],
-    )
+    return ScoreResult(scores, num_examples=examples, num_batches=batches, loss=losses[-1])

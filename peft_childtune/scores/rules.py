@@ -40,7 +40,7 @@ def has_rule(use: Use) -> bool:
 
 
 def add_squares_(total: Tensor, use: Use, own: str, factors: Tensor) -> None:
-    """Add to `total`, in place, the squared gradient of each example times its factor, in fp32.
+    """Add to `total`, in place, the squared gradient of each example times its factor, in fp32, also under autocast.
 
     Args:
         total: fp32, of the parameter's shape.
@@ -49,18 +49,19 @@ def add_squares_(total: Tensor, use: Use, own: str, factors: Tensor) -> None:
         factors: `(size,)`, 0 leaves an example out.
     """
     module, grad = use.owner.module, _grad(use)
-    if is_plain_embedding(module):
-        for index, factor in _kept(factors):
-            rows, sums = _embedding_rows(module, _input(use)[index], grad[index])
-            total.index_add_(0, rows, sums.square_(), alpha=factor)
-    elif own == "weight" and not _is_layer_norm(module):
-        if total.device.type == "cpu":
-            _add_squared_products_one_by_one_(total, use, factors)
+    with torch.autocast(grad.device.type, enabled=False):
+        if is_plain_embedding(module):
+            for index, factor in _kept(factors):
+                rows, sums = _embedding_rows(module, _input(use)[index], grad[index])
+                total.index_add_(0, rows, sums.square_(), alpha=factor)
+        elif own == "weight" and not _is_layer_norm(module):
+            if total.device.type == "cpu":
+                _add_squared_products_one_by_one_(total, use, factors)
+            else:
+                _add_squared_products_(total, *_factors_of_weight(use), factors)
         else:
-            _add_squared_products_(total, *_factors_of_weight(use), factors)
-    else:
-        per_example = _small_gradients(use, own, slice(None))
-        total += torch.einsum("n,n...->...", factors.to(per_example.device, torch.float32), per_example.square())
+            per_example = _small_gradients(use, own, slice(None))
+            total += torch.einsum("n,n...->...", factors.to(per_example.device, torch.float32), per_example.square())
 
 
 def example_gradients(use: Use, index: int) -> dict[str, Tensor]:
@@ -69,16 +70,17 @@ def example_gradients(use: Use, index: int) -> dict[str, Tensor]:
         return _recomputed(use, index)
     module, grad = use.owner.module, _grad(use)
     found = {}
-    for own in use.owner.names:
-        if is_plain_embedding(module):
-            rows, sums = _embedding_rows(module, _input(use)[index], grad[index])
-            table = torch.zeros(_weight_shape(module), device=sums.device)
-            found[own] = table.index_add_(0, rows, sums)
-        elif own == "weight" and not _is_layer_norm(module):
-            left, right = _factors_of_weight(use)
-            found[own] = left[index].float().T @ right[index].float()
-        else:
-            found[own] = _small_gradients(use, own, slice(index, index + 1))[0]
+    with torch.autocast(grad.device.type, enabled=False):
+        for own in use.owner.names:
+            if is_plain_embedding(module):
+                rows, sums = _embedding_rows(module, _input(use)[index], grad[index])
+                table = torch.zeros(_weight_shape(module), device=sums.device)
+                found[own] = table.index_add_(0, rows, sums)
+            elif own == "weight" and not _is_layer_norm(module):
+                left, right = _factors_of_weight(use)
+                found[own] = left[index].float().T @ right[index].float()
+            else:
+                found[own] = _small_gradients(use, own, slice(index, index + 1))[0]
     return found
 
 

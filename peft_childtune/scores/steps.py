@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,15 +16,22 @@ from peft_childtune.scores.batch import batch_size, detached_to, loss_of
 from peft_childtune.scores.finite import has_loss
 from peft_childtune.scores.score import no_batches, read_batches
 
-__all__ = ["ShortTraining", "check_schedule"]
+__all__ = ["ShortTraining", "check_schedule", "rereadable"]
 
 _FP16_SCALE = 1024.0  # of the loss, as gradients below 6e-8 are lost in float16; a power of two rounds nothing
 
 
 def check_schedule(epochs: int, learning_rate: float) -> None:
-    """Raise `ScoreError` unless there is an epoch or more, and a finite learning rate above 0."""
-    if epochs < 1 or not 0 < learning_rate < math.inf:
-        raise ScoreError(f"epochs={epochs}, learning_rate={learning_rate}: give an epoch or more, and a rate above 0.")
+    """Raise `ScoreError` unless there is a whole epoch or more, and a finite learning rate above 0."""
+    if not isinstance(epochs, int) or epochs < 1 or not 0 < learning_rate < math.inf:
+        raise ScoreError(
+            f"epochs={epochs!r}, learning_rate={learning_rate!r}: give a whole epoch or more, and a rate above 0."
+        )
+
+
+def rereadable(dataloader: Iterable[Any], num_batches: int | None) -> Iterable[Any]:
+    """Return what can be read for every epoch: an iterator's batches, in a list, or the dataloader as it is."""
+    return list(islice(dataloader, num_batches)) if isinstance(dataloader, Iterator) else dataloader
 
 
 class ShortTraining:
@@ -65,7 +73,14 @@ class ShortTraining:
         self._home = next(model.parameters()).device
         self._optimizer = torch.optim.AdamW(self.masters, lr=learning_rate, weight_decay=0.0)
 
-    def epoch(self, dataloader: Iterable[Any], *, num_batches: int | None = None, title: str | None = None) -> float:
+    def epoch(
+        self,
+        dataloader: Iterable[Any],
+        *,
+        num_batches: int | None = None,
+        title: str | None = None,
+        steps: bool = True,
+    ) -> float:
         """Take a step for each batch, as long as one of the processes has data; return the mean loss of an example.
 
         A batch of which no label counts is left out.
@@ -74,6 +89,7 @@ class ShortTraining:
             dataloader: this process's.
             num_batches: read at most so many batches of it; None for all.
             title: of the progress bar; None for no bar.
+            steps: whether to take them, or to look at the loss only.
 
         Raises:
             ScoreError: there is no batch; or a loss or gradient is missing, not finite, or depends on nothing that is
@@ -92,7 +108,7 @@ class ShortTraining:
             sum_over_ranks_(counts)
             if not counts[2]:
                 break
-            if counts[1]:
+            if counts[1] and steps:
                 with failing_together():
                     if loss is not None:
                         share = size / float(counts[1])

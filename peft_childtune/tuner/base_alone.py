@@ -16,27 +16,28 @@ class BaseAlone:
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        heads = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
-        self.heads = [head for head in heads if adapter_name in head.modules_to_save]
+        self.heads = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
         self.adapter_name = adapter_name
 
     def __enter__(self) -> None:
         self.before = [layer._disable_adapters for layer in self.layers]
-        self.active = [head._active_adapter for head in self.heads]
+        self.heads_before = [(head._active_adapter, head._disable_adapters) for head in self.heads]
         children = [layer for layer in self.layers if isinstance(layer, ChildTuningLayer)]
         self.merged = [(layer, list(layer.merged_adapters)) for layer in children if layer.merged]
         for layer, _ in self.merged:
             layer.unmerge()
         for layer in self.layers:
             layer._disable_adapters = True
-        for head in self.heads:
-            head._active_adapter = [self.adapter_name]
+        for head in self.heads:  # that of another adapter gives way to the base's own
+            head._disable_adapters = self.adapter_name not in head.modules_to_save
+            if not head._disable_adapters:
+                head._active_adapter = [self.adapter_name]
 
     def __exit__(self, *_: object) -> None:
         for layer, flag in zip(self.layers, self.before, strict=True):
             layer._disable_adapters = flag
-        for head, active in zip(self.heads, self.active, strict=True):
-            head._active_adapter = active
+        for head, (active, flag) in zip(self.heads, self.heads_before, strict=True):
+            head._active_adapter, head._disable_adapters = active, flag
         for layer, merged in self.merged:
             layer.merge(adapter_names=merged)
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import SelectionError
 from ..ranks import agree
+from ..scores import rereadable
 from .config import ChildTuningConfig
 from .head import fit_head
 from .install import layers_of
@@ -91,6 +92,12 @@ class ChildTuningCallback(TrainerCallback):
         """
         model: nn.Module = kwargs["model"]
         if not (waiting := self._without_child(model)):
+            if self.head_epochs:
+                logger.warning(
+                    "head_epochs=%s: no adapter waits for its child to be chosen by data, so no head is fitted; call "
+                    "fit_head before the trainer is made.",
+                    self.head_epochs,
+                )
             return
         checkpoint = args.resume_from_checkpoint
         resumes = checkpoint is not None and os.path.isdir(checkpoint)
@@ -111,6 +118,7 @@ class ChildTuningCallback(TrainerCallback):
                 "show_progress": self.show_progress and not args.disable_tqdm,
             }
             if self.head_epochs:
+                dataloader = rereadable(dataloader, self.num_batches)
                 fit_head(model, dataloader, epochs=self.head_epochs, **same)
             select_child_network(model, dataloader, scores_device=self.scores_device, **same)
 

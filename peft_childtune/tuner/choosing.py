@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TargetError
+from ..errors import ScoreError, TargetError
 from ..scores import DATA_SCORES, ScoreInputs, compute_scores
 from ..sparse import ResampledUnits, TensorChild, UnitGrid, select_children, select_random_children
 from .base_alone import BaseAlone, heads_of
@@ -39,6 +39,8 @@ def children_by_data(
 
     Scores are taken on the base model, all adapters off; see `select_child_network` for arguments and errors.
     """
+    if scores_device is not None and torch.device(scores_device).type == "meta":
+        raise ScoreError("scores_device='meta' keeps no scores; give a device that does, such as 'cpu'.")
     with BaseAlone(model, adapter_name):
         inputs = ScoreInputs(
             model,

@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 from ..errors import SelectionError
 from ..ranks import failing_together, is_first_rank
-from ..scores import ShortTraining, check_data, check_schedule, preserved
+from ..scores import ShortTraining, check_data, check_schedule, preserved, rereadable
 from .base_alone import BaseAlone, heads_of
-from .readiness import ready_model
+from .readiness import check_untrained, ready_model
 from .shards import without_repeats
 
 __all__ = ["fit_head"]
@@ -32,13 +32,14 @@ def fit_head(
     """Train an adapter's `modules_to_save`, and nothing else, on the frozen base in eval mode.
 
     A fresh head is random, and so are the gradients that come through it: another head chooses another child. Call
-    this before `select_child_network`. Training then also begins with a head that fits.
+    this before `select_child_network`. Training then also begins with a head that fits. If it fails, the head is as it
+    was.
 
     With several processes this is a collective: each reads its own share of the data, the steps are those of all.
 
     Args:
         model: a model with an adapter that has `modules_to_save`, as PEFT gives every SEQ_CLS and TOKEN_CLS model.
-        dataloader: batches for `model(**batch).loss`, or for `loss_fn`; read `epochs` times.
+        dataloader: batches for `model(**batch).loss`, or for `loss_fn`; read `epochs` times; an iterator's are kept.
         epochs: how often.
         learning_rate: of AdamW, without warm-up or decay.
         num_batches: read so many batches in each epoch only, on each process; None for all.
@@ -50,8 +51,8 @@ def fit_head(
         The mean loss of the last epoch.
 
     Raises:
-        SelectionError: no such adapter, or it trains no module whole; a model that is wrapped already, processes that
-            differ or of which one has failed.
+        SelectionError: no such adapter, or it trains no module whole, is merged or trained already; a model that is
+            wrapped already, processes that differ or of which one has failed.
         UnsupportedError: the model's weights are divided among processes already.
         ScoreError: no epochs, or a learning rate that is not above 0; the data give no finite loss, or none that
             depends on the head.
@@ -71,8 +72,9 @@ def fit_head(
 
     Source: linear probing before fine-tuning, Kumar et al. 2022 (arXiv:2202.10054).
     """
-    model, _ = ready_model(model, adapter_name, caller="fit_head", needs_weights=True)
+    model, config = ready_model(model, adapter_name, caller="fit_head", needs_weights=True)
     with failing_together():
+        check_untrained(model, adapter_name, config)
         check_schedule(epochs, learning_rate)
         check_data(dataloader, num_batches=num_batches)
         heads = list(heads_of(model, adapter_name).values())
@@ -82,12 +84,18 @@ def fit_head(
                 "`modules_to_save`, or go on to `select_child_network`."
             )
     home = next(model.parameters()).device
-    loss = float("nan")
+    loss, before = float("nan"), [head.detach().clone() for head in heads]
+    data = rereadable(without_repeats(dataloader), num_batches)
     with BaseAlone(model, adapter_name), preserved(model, home):
         for head in heads:
             head.requires_grad = True
         training = ShortTraining(model, heads, learning_rate=learning_rate, loss_fn=loss_fn)
         hidden = not (show_progress and is_first_rank())
-        for _ in tqdm(range(epochs), desc="Fitting the head", unit="epoch", disable=hidden):
-            loss = training.epoch(without_repeats(dataloader), num_batches=num_batches)
+        try:
+            for _ in tqdm(range(epochs), desc="Fitting the head", unit="epoch", disable=hidden):
+                loss = training.epoch(data, num_batches=num_batches)
+        except BaseException:
+            for head, old in zip(heads, before, strict=True):
+                head.data.copy_(old)
+            raise
     return loss

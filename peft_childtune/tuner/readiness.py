@@ -12,9 +12,11 @@ from ..ranks import agree, failing_together, unwrapped, world_size
 from ..weights import sampled_digest
 from .config import ChildTuningConfig
 from .inspection import config_of
+from .install import check_not_merged, covered_tensors, layers_of
+from .offload import onloaded, out_of_reach
 from .sharding import ZERO3, is_in_engine, refuse_sharded, sharding_of
 
-__all__ = ["ready_model"]
+__all__ = ["check_untrained", "ready_model"]
 
 
 def ready_model(
@@ -25,7 +27,7 @@ def ready_model(
     Args:
         model: which is not wrapped for training yet.
         adapter_name: an adapter of ours.
-        caller: the public function that is about to be at work, two calls above, for messages.
+        caller: the public function that calls this, for messages.
         needs_weights: whether the values of the base are looked at, and not its shapes only; None if the configured
             choice decides it.
 
@@ -54,6 +56,24 @@ def ready_model(
     return model, config
 
 
+def check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> None:
+    """Raise `SelectionError` if an adapter is merged, or has learnt something already."""
+    check_not_merged(layers_of(model, adapter_name).values(), adapter_name)
+    if not config.init_weights:
+        return
+    for name, layer, parameter in covered_tensors(model, adapter_name):
+        layer.resolve_pending(adapter_name)
+        with onloaded(layer):
+            values = layer._values(adapter_name).get(parameter)
+        if values is not None and values.is_meta:
+            raise out_of_reach(f"{name}: the delta")
+        if values is not None and bool(values.detach().any()):
+            raise SelectionError(
+                f"{name}: adapter {adapter_name!r} has been trained already, and another child or head would not go "
+                "with its delta; merge it (`merge_and_unload`), delete it, or take a new adapter."
+            )
+
+
 _DIFFERENT_MODELS = (
     "the model's weights are not the same on all processes; build it from the same checkpoint, and with the same seed "
     "for a new head: transformers.set_seed(0) before `from_pretrained`."
@@ -74,7 +94,7 @@ def _check_not_wrapped(model: nn.Module, caller: str) -> None:
     model = getattr(model, "_orig_mod", model)  # inside `torch.compile`
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise SelectionError(
-            "the model is in DistributedDataParallel already, which would not synchronise the child's gradients; call "
+            "the model is in DistributedDataParallel already, which would not synchronise a child's gradients; call "
             f"{caller} before wrapping (before `accelerator.prepare`), on every process."
         )
     if is_in_engine(model):

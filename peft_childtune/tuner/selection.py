@@ -16,33 +16,14 @@ from ..network import ChildNetwork
 from ..ranks import agree, failing_together, is_first_rank
 from ..sparse import TensorChild
 from .choosing import children_by_data, data_free_children
-from .config import ChildTuningConfig
 from .diagnosis import selection_report, warnings_of
-from .install import check_not_merged, covered_tensors, grids_of, install_children, layers_of
-from .offload import onloaded, out_of_reach
-from .readiness import ready_model
+from .install import grids_of, install_children, layers_of
+from .readiness import check_untrained, ready_model
 from .steps import watch_optimizers
 
 __all__ = ["select_child_network"]
 
 logger = logging.getLogger(__name__)
-
-
-def _check_untrained(model: nn.Module, adapter_name: str, config: ChildTuningConfig) -> None:
-    check_not_merged(layers_of(model, adapter_name).values(), adapter_name)
-    if not config.init_weights:
-        return
-    for name, layer, parameter in covered_tensors(model, adapter_name):
-        layer.resolve_pending(adapter_name)
-        with onloaded(layer):
-            values = layer._values(adapter_name).get(parameter)
-        if values is not None and values.is_meta:
-            raise out_of_reach(f"{name}: the delta")
-        if values is not None and bool(values.detach().any()):
-            raise SelectionError(
-                f"{name}: adapter {adapter_name!r} has been trained already, and another child would throw its delta "
-                "away; merge it (`merge_and_unload`), delete it, or select for a new adapter."
-            )
 
 
 def select_child_network(
@@ -113,7 +94,7 @@ def select_child_network(
         model, adapter_name, caller="select_child_network", needs_weights=None if network is None else False
     )
     with failing_together():
-        _check_untrained(model, adapter_name, config)
+        check_untrained(model, adapter_name, config)
     with failing_together():
         if network is not None:
             grids = grids_of(model, adapter_name, config)

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_childtune.scores import score_parameters
+from peft_childtune.scores import rules, score_parameters
 
 VOCABULARY = 40
 SHAPE = {
@@ -438,3 +438,27 @@ def test_gradient_checkpointing_of_transformers_changes_nothing(loop_fisher):
     model.train()
     result = score_parameters(model, dict(model.named_parameters()), batches, show_progress=False)
     assert relative_error(result.scores, expected) < 1e-4
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_rules_compute_in_float32_inside_a_callers_autocast(device, monkeypatch):
+    def forward_only(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch).loss
+
+    def products(total, use, factors):
+        assert not torch.is_autocast_enabled("cpu")
+        if device == "cpu":
+            one_by_one(total, use, factors)
+        else:
+            rules._add_squared_products_(total, *rules._factors_of_weight(use), factors)
+
+    torch.manual_seed(0)
+    one_by_one = rules._add_squared_products_one_by_one_
+    monkeypatch.setattr(rules, "_add_squared_products_one_by_one_", products)
+    model, batches = bert_classifier(), classified((4, 9), (5, 7))
+    parameters = dict(model.named_parameters())
+    expected = score_parameters(model, parameters, batches, loss_fn=forward_only, show_progress=False).scores
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score_parameters(model, parameters, batches, show_progress=False).scores
+    assert relative_error(found, expected) < 0.02  # the backward pass is in the caller's precision, too

@@ -251,8 +251,16 @@ def test_a_child_is_chosen_by_movement_with_the_head_in_training_and_the_model_a
     assert not model.training
 
 
-@pytest.mark.parametrize(("rate", "told"), [(2e-2, False), (50.0, True)])
+@pytest.mark.parametrize(("rate", "told"), [(1e-2, False), (0.3, True), (50.0, True)])
 def test_a_training_that_learns_nothing_is_told_of(rate, told, caplog):
     movement_scores(_inputs(_Net(), dataloader=_batches(8)), learning_rate=rate)
-    assert ("so what moved says little of the data" in caplog.text) is told
-    assert ("compute('movement', learning_rate=5)" in caplog.text) is told
+    assert ("has learnt nothing" in caplog.text) is told
+    assert (f"learning_rate={rate / 10:g}))" in caplog.text) is told
+
+
+def test_the_loss_before_training_is_that_of_the_base(caplog):
+    model, batches = _Net(), _batches(8)
+    start = sum(_loss(model, batch).item() for batch in batches) / len(batches)
+    found = movement_scores(_inputs(model, dataloader=batches), learning_rate=50.0)
+    assert f"{start:.4g} before it, and {found.loss:.4g} in" in caplog.text
+    assert (found.num_batches, found.num_examples) == (8, 32)

@@ -186,6 +186,18 @@ def test_a_new_head_is_fitted_before_the_choice_if_asked_for(tmp_path):
     assert heads[0] and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
 
+def test_an_iterator_serves_the_head_and_the_choice(tmp_path):
+    model, twin = wrapped(), wrapped()
+    for m, data in ((model, iter(batches())), (twin, batches())):
+        trainer_for(m, tmp_path, callbacks=[ChildTuningCallback(data, head_epochs=1, show_progress=False)])
+    assert get_child_network(model) == get_child_network(twin)
+
+
+def test_a_head_that_is_not_fitted_is_told_of(tmp_path, caplog):
+    trainer_for(wrapped(score="random"), tmp_path, callbacks=[ChildTuningCallback(batches(), head_epochs=1)])
+    assert "head_epochs=1: no adapter waits for its child" in caplog.text
+
+
 @pytest.mark.parametrize("disable_tqdm", [True, False])
 def test_the_progress_bar_is_shown_where_the_trainer_shows_its_own(disable_tqdm, tmp_path, capfd):
     trainer_for(wrapped(), tmp_path, callbacks=[ChildTuningCallback(batches())], disable_tqdm=disable_tqdm)

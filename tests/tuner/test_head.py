@@ -89,13 +89,86 @@ def test_the_number_of_batches_bounds_every_epoch():
     assert torch.equal(_head(model).weight, _head(twin).weight)
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"learning_rate": 0.0}, {"learning_rate": float("inf")}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"epochs": 0}, {"epochs": 2.5}, {"learning_rate": 0.0}, {"learning_rate": float("inf")}], ids=str
+)
 def test_a_schedule_that_fits_nothing_is_refused(options):
     model = _wrapped()
     before = _head(model).weight.clone()
-    with pytest.raises(ScoreError, match="an epoch or more, and a rate above 0"):
+    with pytest.raises(ScoreError, match="a whole epoch or more, and a rate above 0"):
         fit_head(model, _batches(), loss_fn=_loss, **options)
     assert torch.equal(_head(model).weight, before)
+
+
+def test_the_batches_of_an_iterator_are_kept_for_every_epoch():
+    model, twin = _wrapped(), _wrapped()
+    fit_head(model, iter(_batches()), loss_fn=_loss, show_progress=False)
+    fit_head(twin, _batches(), loss_fn=_loss, show_progress=False)
+    assert torch.equal(_head(model).weight, _head(twin).weight)
+
+
+def test_a_head_is_as_it_was_if_fitting_breaks_off():
+    model = _wrapped()
+    before, calls = _head(model).weight.clone(), iter(range(5))
+
+    def breaks(model, batch):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return _loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(model, _batches(), loss_fn=breaks, show_progress=False)
+    assert torch.equal(_head(model).weight, before)
+    assert _head(model).weight.requires_grad and _head(model).weight.grad is None
+
+
+def test_a_head_is_not_fitted_beside_a_trained_delta():
+    model = _wrapped()
+    select_child_network(model, _batches(), loss_fn=_loss, show_progress=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * p.requires_grad)
+    with pytest.raises(SelectionError, match="has been trained already"):
+        fit_head(model, _batches(), loss_fn=_loss, show_progress=False)
+
+
+@pytest.mark.parametrize("way", ["another adapter's head is active", "adapters are disabled"])
+def test_another_adapters_head_changes_neither_head_nor_child(way):
+    def chosen(model, name):
+        fit_head(model, _batches(), loss_fn=_loss, adapter_name=name, show_progress=False)
+        return select_child_network(model, _batches(), loss_fn=_loss, adapter_name=name, show_progress=False)
+
+    options = {"target_modules": ["0"], "modules_to_save": ["2"], "score": "fisher", "density": 0.3}
+    model, twin = _wrapped(density=0.3), _wrapped(density=0.3)
+    expected = chosen(twin, "default")
+    if way == "adapters are disabled":
+        with model.disable_adapter():
+            found = chosen(model, "default")
+            assert model.base_model.model[2].disable_adapters
+    else:
+        with torch.no_grad():
+            _head(model).weight.neg_()
+        model.add_adapter("b", ChildTuningConfig(**options))
+        found = chosen(model, "b")
+        assert model.base_model.model[2].active_adapter == "default"
+    assert found == expected
+
+
+def test_the_base_alone_has_the_bases_head():
+    model, twin = _wrapped(), _wrapped(modules_to_save=None, density=0.3)
+    with torch.no_grad():
+        _head(model).weight.neg_()
+    model.add_adapter("b", ChildTuningConfig(target_modules=["0"], score="fisher", density=0.3))
+    found = select_child_network(model, _batches(), loss_fn=_loss, adapter_name="b", show_progress=False)
+    assert found == select_child_network(twin, _batches(), loss_fn=_loss, show_progress=False)
+
+
+def test_scores_are_not_sent_to_where_nothing_is_kept():
+    model = _wrapped(score="movement")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ScoreError, match="scores_device='meta' keeps no scores"):
+        select_child_network(model, _batches(), loss_fn=_loss, scores_device="meta")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_an_adapter_without_a_head_is_refused():
@@ -107,7 +180,7 @@ def test_an_adapter_without_a_head_is_refused():
     ("data", "loss", "message"),
     [
         ([], _loss, "no batch"),
-        (iter(_batches()), _loss, "no batch"),
+        (iter([]), _loss, "no batch"),
         (3, _loss, "not an iterable"),
         (_batches(), lambda m, b: torch.ones(()), "does not depend on any of the 2 tensors"),
         (_batches(), lambda m, b: _loss(m, b) * float("nan"), "the loss is nan"),
