@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             del model
             accelerator.free_memory()
             gc.collect()
-    lines = read_lines(FILE)
+    if not (lines := read_lines(FILE)):
+        raise SystemExit(f"{FILE}: nothing has been run yet; leave --table out.")
     page = HERE / "README.md"
     page.write_text(insert(page.read_text(encoding="utf-8"), table(lines), name="forgetting"), encoding="utf-8")
     draw_forgetting(changes(lines), RESULTS / "forgetting.png")

@@ -6,7 +6,8 @@ import json
 
 import datasets
 import pytest
-from data import Rows, by_length, load_rows, tokenize, train_test
+import torch
+from data import Rows, by_length, load_rows, mean_pooled, tokenize, train_test
 from transformers import AutoTokenizer
 
 
@@ -87,3 +88,10 @@ def test_records_are_unpadded_cut_and_ordered_by_length(encoder):
     rows = Rows([("the film is very very good",), ("the film",)], [1, 0])
     records = by_length(tokenize(rows, tokenizer, max_length=6))
     assert [(len(record["input_ids"]), record["labels"]) for record in records] == [(4, 0), (6, 1)]
+
+
+def test_padding_takes_no_part_in_the_mean_over_a_text():
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [100.0, 100.0]]], dtype=torch.bfloat16)
+    pooled = mean_pooled(hidden, torch.tensor([[1, 1, 0]]))
+    assert pooled.dtype == torch.float32
+    assert pooled.tolist() == [[2.0, 3.0]]

@@ -30,7 +30,7 @@ def study():
     sys.path.insert(0, str(HERE))
     before = set(sys.modules)
     try:
-        yield {name: _load(name) for name in ("protocol", "summary", "run")}
+        yield {name: _load(name) for name in ("protocol", "summary", "run", "forgetting")}
     finally:
         sys.path.remove(str(HERE))
         registry._registered.clear()
@@ -168,3 +168,30 @@ def test_the_table_has_a_row_for_each_method_that_has_run_on_all_tasks(study):
     assert len(rows) == 2
     assert rows[0].split(" | ")[0] == "| `full`" and "+25.0 [" in rows[0]
     assert rows[1].split(" | ")[-1] == "-25.0 [-62.5, +0.0] |" or rows[1].split(" | ")[-1].startswith("-25.0 [")
+
+
+def _forgetting_lines():
+    def line(method, rate, seed, tales, news, food):
+        return {"method": method, "rate": rate, "seed": seed, "losses": {"tales": tales, "news": news, "food": food}}
+
+    return [
+        line("lora", 5e-4, 0, 2.0, 4.5, 6.0),
+        line("base", 0.0, 0, 3.0, 4.0, 5.0),
+        line("full", 3e-5, 0, 2.5, 4.25, 5.0),
+        line("full", 3e-5, 1, 2.75, 4.75, 5.5),
+    ]
+
+
+def test_forgetting_is_counted_from_the_base_and_over_the_unrelated_texts(study):
+    changes = study["forgetting"].changes(_forgetting_lines())
+    assert list(changes) == [("full", 3e-5), ("lora", 5e-4)]
+    assert changes["lora", 5e-4] == [{"tales": -1.0, "news": 0.5, "food": 1.0, "unrelated": 0.75}]
+
+
+def test_forgetting_is_shown_with_its_spread_over_seeds(study, tmp_path):
+    base, full, lora = study["forgetting"].table(_forgetting_lines()).splitlines()[2:]
+    assert base == "| base: loss |  |  | 3.000 | 4.000 | 5.000 |  |"
+    assert full.startswith("| `full` | 3e-05 | 2 | -0.375 ± 0.177 | +0.500 ± 0.354 |")
+    assert lora == "| `lora` | 0.0005 | 1 | -1.000 | +0.500 | +1.000 | +0.750 |"
+    study["forgetting"].draw_forgetting(study["forgetting"].changes(_forgetting_lines()), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
