@@ -239,7 +239,7 @@ def test_groups_that_train_apart_may_have_different_children(two):
 def test_a_process_that_waits_for_others_says_what_for(two):
     first, last = two["one_comes_late"]
     assert len(first) == 1 and last == []
-    assert "Every process has to call `select_child_network`, and to train" in first[0]
+    assert "call `fit_head` and `select_child_network`, and to train" in first[0]
 
 
 def test_the_first_process_alone_shows_a_bar(two):
