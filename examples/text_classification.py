@@ -99,7 +99,11 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--warmup", type=float, default=0.1, help="share of all steps")
     training.add_argument("--max-grad-norm", type=float, default=1.0)
     training.add_argument("--selection-rows", type=int, default=None, help="rows to choose the child on; default: all")
-    training.add_argument("--fit-head", action="store_true", help="fit the head on the frozen base before choosing")
+    training.add_argument(
+        "--fit-head",
+        action=argparse.BooleanOptionalAction,
+        help="fit the head on the frozen base first; default: if data choose the child",
+    )
     training.add_argument("--output", type=Path, default=Path("out"))
     add_flags(p)
     child = p.add_argument_group("child network (ChildTuningConfig; its seed is the run's seed)")
@@ -159,16 +163,17 @@ def run(args: argparse.Namespace, accelerator: Accelerator, rows: tuple[Rows, Ro
     labels = [label for part in rows for label in part.labels]
     num_labels = 1 if isinstance(labels[0], float) else int(max(labels)) + 1
 
-    set_seed(seed)  # the same head on every process, and a Fisher child that belongs to it
+    set_seed(seed)  # the same head on every process, and a child that belongs to it
     model: nn.Module = AutoModelForSequenceClassification.from_pretrained(name, num_labels=num_labels)
     collate: Any = DataCollatorWithPadding(tokenizer)
     config = child_config(args, seed)
     if args.method == "child":
         model = get_peft_model(model.to(accelerator.device), config)
-        if args.fit_head or config.needs_data:
+        fits_head = config.needs_data if args.fit_head is None else args.fit_head
+        if fits_head or config.needs_data:
             rows_to_see: Any = DataLoader(train[: args.selection_rows], args.batch_size, collate_fn=collate)
             rows_to_see = accelerator.prepare_data_loader(rows_to_see)
-        if args.fit_head:
+        if fits_head:
             fit_head(model, rows_to_see, show_progress=False)
         if config.needs_data:
             select_child_network(model, rows_to_see, show_progress=False)

@@ -29,18 +29,21 @@ def draw_differences(differences: Mapping[str, Any], path: Path, *, title: str) 
     figure.savefig(path, dpi=110)
 
 
-def draw_rates(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw accuracy over the learning rate, one curve a method that was run at more than one."""
+def draw_rates(lines: Sequence[Mapping[str, Any]], path: Path, *, methods: Sequence[str]) -> None:
+    """Draw accuracy over the learning rate, one curve for each of the methods that were run at more than one."""
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         found[line["method"]][line["learning_rate"]].append(100 * line["accuracy"])
     figure = Figure(figsize=(9, 5), layout="constrained")
     ax = figure.subplots()
-    for number, (method, rates) in enumerate(sorted(found.items())):
-        if len(rates) > 1:
-            points = sorted((rate, sum(a) / len(a)) for rate, a in rates.items())
-            style = ("-", "--", ":")[number // 10 % 3]
-            ax.plot(*zip(*points, strict=True), marker="o", linestyle=style, label=method)
+    complete = {
+        method: sorted((rate, sum(a) / len(a)) for rate, a in rates.items() if len(a) == max(map(len, rates.values())))
+        for method, rates in found.items()
+    }
+    shown = [method for method in sorted(complete) if method in methods and len(complete[method]) > 1]
+    for number, method in enumerate(shown):
+        style = ("-", "--", ":")[number // 10 % 3]
+        ax.plot(*zip(*complete[method], strict=True), marker="o", linestyle=style, label=method)
     ax.set_xscale("log")
     ax.set_xlabel("learning rate")
     ax.set_ylabel("accuracy, mean over the development tasks")

@@ -31,7 +31,7 @@ CHOICES = {  # what the main README compares
     "random-fitted-2": '`fit_head`, then `score="random"`',
     "fisher-global-2": '`score="fisher"`, the paper\'s',
     "full": "full fine-tuning",
-    "full-fitted": "`fit_head`, then full fine-tuning",
+    "full-fitted": "`fit_head`, then all weights of the blocks",
     "lora": "LoRA r8",
     "shira-2": "SHiRA",
     "supertuning-2": "Super-Tuning",
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         main_page = HERE.parents[1] / "README.md"
         inserted = insert(main_page.read_text(encoding="utf-8"), choices_table(methods, tasks=tasks), name="choices")
         main_page.write_text(inserted, encoding="utf-8")
-    draw_rates(lines["development"], options.results / "rates.png")
+    draw_rates(lines["development"], options.results / "rates.png", methods=protocol.phases["confirmation"].methods)
     options.readme.write_text(text, encoding="utf-8")
     print(f"wrote the tables in {options.readme}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,12 +61,12 @@ class ScoreInputs:
         if options and score != "movement":
             raise ScoreError(f"score={score!r} takes no {' and no '.join(options)}; only 'movement' trains.")
         if score == "magnitude":
-            return ScoreResult(magnitude_scores(self.parameters))
+            return ScoreResult(magnitude_scores(self.parameters), source=score)
         if self.dataloader is None:
             raise ScoreError(f"score={score!r} looks at data; register what uses it with `needs_data=True`.")
         if score == "movement":
-            return movement_scores(self, **options)
-        return score_parameters(
+            return replace(movement_scores(self, **options), source=score)
+        result = score_parameters(
             self.model,
             self.parameters,
             self.dataloader,
@@ -76,3 +76,4 @@ class ScoreInputs:
             scores_device=self.scores_device,
             show_progress=self.show_progress,
         )
+        return replace(result, source=score)

@@ -21,12 +21,14 @@ class ScoreResult:
         num_batches: batches that were read, likewise.
         loss: mean loss of the pass, a sanity figure. A batch scored in one go counts with its own mean (over tokens,
             if that is how the model averages), one scored example by example with the mean of theirs.
+        source: the built-in score that these are; None for what was made of one, or of nothing known.
     """
 
     scores: dict[str, Tensor]
     num_examples: int = 0
     num_batches: int = 0
     loss: float = float("nan")
+    source: str | None = None
 
 
 def magnitude_scores(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

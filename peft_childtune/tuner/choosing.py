@@ -71,8 +71,8 @@ def children_by_data(
     how: dict[str, Any] = {"source": config.score, "scope": config.budget_scope}
     if result.num_batches:
         how |= {"examples": result.num_examples, "loss": result.loss}
-    if config.score in (*DATA_SCORES, "movement"):  # means of gradients, of their squares, or what they add up to
-        squared = config.score not in ("gradient", "movement")
+    if result.source in (*DATA_SCORES, "movement"):  # means of gradients, of their squares, or what they add up to
+        squared = result.source not in ("gradient", "movement")
         how["gradient_share"] = gradient_share(result.scores, children, squared=squared)
     return children, how
 

@@ -87,8 +87,9 @@ def suggest_learning_rate(config: ChildTuningConfig, *, full: float = 1e-4) -> f
         return full / _fraction("gradient_share", selection["gradient_share"])
     if selection.get("source", "random" if config.mode == "task_free" else config.score) in _BLIND:
         return full / _fraction("density", selection.get("density", config.density))
+    chosen = "network=" if selection.get("source") == "given" else f"score={shown(config.score)}"
     raise SelectionError(
-        f"score={shown(config.score)}: nothing is known of the share of the gradient that this child holds; begin at "
+        f"{chosen}: nothing is known of the share of the gradient that this child holds; begin at "
         f"{full:g}, and search upwards, not above {full / config.density:g}, the rate of a random child."
     )
 

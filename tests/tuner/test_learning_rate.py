@@ -12,9 +12,11 @@ from peft_childtune import (
     ChildTuningConfig,
     ConfigError,
     SelectionError,
+    register_score,
     select_child_network,
     suggest_learning_rate,
 )
+from peft_childtune.scores import registry
 
 
 def _selected(**options):
@@ -62,6 +64,25 @@ def test_the_share_of_a_child_by_movement_is_that_of_the_movement():
     kept = sum(float(moved[name][at].sum()) for name, at in child.indices.items())
     share = kept / sum(float(each.sum()) for each in moved.values())
     assert suggest_learning_rate(model.peft_config["default"]) == pytest.approx(1e-4 / share, rel=1e-3)
+
+
+def test_a_score_of_ones_own_that_is_a_built_in_one_tells_its_share():
+    register_score("slow", lambda inputs: inputs.compute("movement", learning_rate=2e-4), replace=True)
+    register_score("other", lambda inputs: dict(inputs.compute("movement").scores), replace=True)
+    try:
+        own, built_in = (_selected(score=name, scope="tensor", density=0.2)[0] for name in ("slow", "movement"))
+        other, _, _ = _selected(score="other", scope="tensor", density=0.2)
+    finally:
+        registry._registered.clear()
+    shares = [m.peft_config["default"].selection.get("gradient_share") for m in (own, built_in, other)]
+    assert shares[0] == shares[1] and shares[2] is None
+
+
+def test_a_given_child_is_said_to_be_given():
+    model, child, _ = _selected(score="fisher", density=0.2)
+    select_child_network(model, network=child)
+    with pytest.raises(SelectionError, match="network=: nothing is known"):
+        suggest_learning_rate(model.peft_config["default"])
 
 
 @pytest.mark.parametrize("options", [{"score": "random"}, {"score": "magnitude"}, {"mode": "task_free"}])
