@@ -3,8 +3,8 @@
     python examples/benchmarks/step.py
     python examples/benchmarks/step.py --plan bert:16x128:0.1,0.01 gpt2:4x128:0.01 --dtype bfloat16
 
-One process; for each density all methods are built anew and timed in turns. `fisher` is the library's default child,
-chosen by Fisher information; all other children, the authors' masks and SHiRA's are random: positions without
+One process; for each density all methods are built anew and timed in turns. `fisher` is the paper's child, chosen by
+Fisher information; all other children, the authors' masks and SHiRA's are random: positions without
 structure are the slowest. Super-Tuning's are the largest weights.
 """
 
