@@ -30,8 +30,12 @@ def check_schedule(epochs: int, learning_rate: float) -> None:
 
 
 def rereadable(dataloader: Iterable[Any], num_batches: int | None) -> Iterable[Any]:
-    """Return what can be read for every epoch: an iterator's batches, in a list, or the dataloader as it is."""
-    return list(islice(dataloader, num_batches)) if isinstance(dataloader, Iterator) else dataloader
+    """Return what can be read for every epoch: an iterator's batches, in a list, or the dataloader as it is.
+
+    A collective, as an iterator may fail in one process.
+    """
+    with failing_together():
+        return list(islice(dataloader, num_batches)) if isinstance(dataloader, Iterator) else dataloader
 
 
 class ShortTraining:
