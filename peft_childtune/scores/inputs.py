@@ -60,13 +60,17 @@ class ScoreInputs:
             raise ScoreError(f"score={score!r}: only {', '.join(known)} and magnitude can be built upon.")
         if options and score != "movement":
             raise ScoreError(f"score={score!r} takes no {' and no '.join(options)}; only 'movement' trains.")
-        if score == "magnitude":
-            return ScoreResult(magnitude_scores(self.parameters), source=score)
-        if self.dataloader is None:
+        if score != "magnitude" and self.dataloader is None:
             raise ScoreError(f"score={score!r} looks at data; register what uses it with `needs_data=True`.")
+        return replace(self._computed(score, **options), source=score)
+
+    def _computed(self, score: str, **options: Any) -> ScoreResult:
+        if score == "magnitude":
+            return ScoreResult(magnitude_scores(self.parameters))
         if score == "movement":
-            return replace(movement_scores(self, **options), source=score)
-        result = score_parameters(
+            return movement_scores(self, **options)
+        assert self.dataloader is not None  # it was checked
+        return score_parameters(
             self.model,
             self.parameters,
             self.dataloader,
@@ -76,4 +80,3 @@ class ScoreInputs:
             scores_device=self.scores_device,
             show_progress=self.show_progress,
         )
-        return replace(result, source=score)
