@@ -10,6 +10,7 @@ import xxhash
 from torch import Tensor
 
 from .errors import DeltaError, UnsupportedError
+from .kernels import put_entries_, take_entries
 from .sparse import compose_entries
 
 __all__ = [
@@ -57,13 +58,11 @@ def merge_(
             record(replaced)
         weight.copy_(compose_entries(weight.reshape(-1), values).view(weight.shape))
         return replaced
-    view, index = _place(weight, indices)
-    # on a CPU `take` is the one that reads with all threads; not every device has it
-    replaced = view.take(*index) if view.ndim == 1 and view.device.type == "cpu" else view[index]
+    replaced = take_entries(weight, indices)
     composed = compose_entries(replaced, values)
     if record is not None:
         record(replaced)
-    view.index_put_(index, composed)
+    put_entries_(weight, indices, composed)
     return replaced
 
 
@@ -73,8 +72,7 @@ def restore_(weight: Tensor, indices: Tensor | None, replaced: Tensor) -> None:
     if indices is None:
         weight.copy_(replaced)
         return
-    view, index = _place(weight, indices)
-    view.index_put_(index, replaced.to(view))
+    put_entries_(weight, indices, replaced.to(weight))
 
 
 def _present(weight: Tensor) -> Tensor:
@@ -114,14 +112,6 @@ def check_finite(name: str, values: Tensor) -> None:
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether this process holds only its part of a tensor (`DTensor`, as FSDP2 leaves parameters)."""
     return type(tensor).__name__ == "DTensor"  # of parameters, too; not by the class, whose import takes half a second
-
-
-def _place(weight: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return a view of a weight, and the index of some flat positions in it."""
-    positions = indices.to(weight.device, torch.int64)
-    if weight.is_contiguous():
-        return weight.view(-1), (positions,)
-    return weight, torch.unravel_index(positions, weight.shape)  # convolutions in channels_last
 
 
 def _raw(tensor: Tensor) -> memoryview:

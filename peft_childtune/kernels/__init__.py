@@ -3,6 +3,8 @@
 from .compose import Edit, compose_parameter
 from .compose_cache import ComposeCache
 from .conv import child_conv
+from .entries import put_entries_, take_entries
+from .extension import extension
 from .gate import StepGate
 from .hull import Hull, hull_of
 from .linear import child_linear
@@ -19,7 +21,10 @@ __all__ = [
     "child_linear",
     "compose_parameter",
     "hull_of",
+    "extension",
     "kernel_options",
     "plain_linear",
+    "put_entries_",
+    "take_entries",
     "use_kernels",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ..errors import ConfigError
@@ -21,10 +21,12 @@ class KernelOptions:
     Attributes:
         weight_gradient: the path that is forced, or None for the cheapest.
         compose_cache: whether layers keep composed weights between evaluations at few tokens.
+        extension: whether `extension.c` is used where it can be compiled.
     """
 
     weight_gradient: WeightGradient | None = None
     compose_cache: bool = True
+    extension: bool = True
 
 
 # One for the process: autograd runs backward passes in threads of its own.
@@ -33,7 +35,10 @@ kernel_options = KernelOptions()
 
 @contextmanager
 def use_kernels(
-    *, weight_gradient: WeightGradient | None = None, compose_cache: bool | None = None
+    *,
+    weight_gradient: WeightGradient | None = None,
+    compose_cache: bool | None = None,
+    extension: bool | None = None,
 ) -> Iterator[KernelOptions]:
     """Force a kernel for as long as the block lasts, in the whole process.
 
@@ -44,6 +49,8 @@ def use_kernels(
             where it has none at all). None leaves it as it is: chosen by estimated cost, unless forced further out.
         compose_cache: whether an adapter that is not merged keeps its composed weights while it is evaluated on few
             tokens: one copy of the adapted weights in memory, for the speed of the base. None leaves it as it is.
+        extension: whether loops in C, compiled on first use, do on a CPU what torch is slow at: the entry-by-entry
+            product in float32, merging and unmerging. False: torch's operations alone. None leaves it as it is.
 
     Raises:
         ConfigError: an unknown path.
@@ -58,12 +65,14 @@ def use_kernels(
             f"weight_gradient={weight_gradient!r} is unknown; use one of {', '.join(get_args(WeightGradient))}, "
             "or None to leave it as it is."
         )
-    before = kernel_options.weight_gradient, kernel_options.compose_cache
+    before = replace(kernel_options)
     if weight_gradient is not None:
         kernel_options.weight_gradient = weight_gradient
     if compose_cache is not None:
         kernel_options.compose_cache = compose_cache
+    if extension is not None:
+        kernel_options.extension = extension
     try:
         yield kernel_options
     finally:
-        kernel_options.weight_gradient, kernel_options.compose_cache = before
+        vars(kernel_options).update(vars(before))

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-import warnings
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from .extension import extension
 from .hull import Hull, columns_of
 from .options import WeightGradient, kernel_options
+from .sampled import can_sample, sampled_product
 
 __all__ = ["child_gradient", "choose_path"]
 
-CHUNK = 128  # tokens of one product: their transposed copies stay in the cache
-TILE = 32  # tokens that are transposed by one product with the identity
-
 # Costs in multiply-adds of a dense product, fitted on two CPU cores in float32; that the choice is right shows in the
 # cases `element:sampled` and `element:gather` of examples/benchmarks/step.py.
-SAMPLED_COST = 9.5  # one kept entry, one token
-TRANSPOSE_COST = 120.0  # one row or column of the hull, one token, brought into the order that `sampled` reads
+ENTRY_COST = {True: 3.3, False: 9.5}  # one kept entry, one token, of `sampled` by the extension or by torch
+TRANSPOSE_COST = {True: 30.0, False: 120.0}  # one row or column of the hull, one token, for `sampled`
 SELECT_COST = 40.0  # one row or column picked out of the others, one token
 CALL_COST = 1e6  # of a `sampled` product, whatever its size
 
@@ -36,7 +33,7 @@ def choose_path(
     """
     if kernel_options.weight_gradient is not None:
         path = kernel_options.weight_gradient
-        can_run = {"gather": is_whole, "hull": True, "sampled": _can_sample(device.type)}
+        can_run = {"gather": is_whole, "hull": True, "sampled": can_sample(device.type, dtype)}
         return path if can_run[path] else "hull"
     rows, columns = hull.size
     cost: dict[WeightGradient, float] = {
@@ -45,8 +42,9 @@ def choose_path(
     }
     if not is_whole:
         del cost["gather"]
-    if device.type == "cpu" and dtype in (torch.float32, torch.float64) and _can_sample("cpu"):
-        per_token = SAMPLED_COST * nnz + TRANSPOSE_COST * (rows + columns) + _selection_cost(hull)
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64) and can_sample("cpu", dtype):
+        fast = dtype == torch.float32 and extension() is not None
+        per_token = ENTRY_COST[fast] * nnz + TRANSPOSE_COST[fast] * (rows + columns) + _selection_cost(hull)
         cost["sampled"] = per_token * tokens + CALL_COST
     return min(cost, key=cost.__getitem__)
 
@@ -80,7 +78,7 @@ def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tens
     if path == "gather":
         return (a.t() @ b).reshape(-1).index_select(0, indices)
     if path == "sampled":
-        return _sampled(a, b, indices, hull)
+        return sampled_product(a, b, indices=indices, hull=hull)
     one, other = columns_of(a, hull.rows), columns_of(b, hull.columns)
     is_flipped = one.shape[1] > other.shape[1]  # a product of few rows is faster than one of few columns
     dense = other.t() @ one if is_flipped else one.t() @ other
@@ -90,67 +88,3 @@ def child_gradient(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Tens
     if is_flipped:
         row, column = column, row
     return dense.view(-1).index_select(0, row * dense.shape[1] + column)
-
-
-def _sampled(a: Tensor, b: Tensor, indices: Tensor, hull: Hull) -> Tensor:
-    """Return the entries one by one: each a scalar product over the tokens, which must lie side by side for it."""
-    dtype = a.dtype if a.dtype in (torch.float32, torch.float64) else torch.float32
-    rows = hull.size[0]
-    row, column = hull.place(indices)
-    starts = torch.searchsorted(row, torch.arange(rows + 1, dtype=row.dtype, device=row.device), out_int32=True)
-    entries = torch.zeros(indices.numel(), dtype=dtype, device=a.device)
-    _pass_the_beta_warning()
-    product = torch.sparse_csr_tensor(starts, column.to(torch.int32), entries, size=hull.size, check_invariants=False)
-    a, b = columns_of(a, hull.rows), columns_of(b, hull.columns)
-    one, other = (torch.empty(0, dtype=dtype, device=a.device) for _ in range(2))
-    for start in range(0, a.shape[0], CHUNK):
-        chunk = slice(start, start + CHUNK)
-        one = _tokens_last(a[chunk].to(dtype), out=one)
-        other = _tokens_last(b[chunk].to(dtype), out=other)
-        torch.sparse.sampled_addmm(product, one, other.t(), out=product)
-    return product.values().to(a.dtype)
-
-
-def _tokens_last(matrix: Tensor, *, out: Tensor) -> Tensor:
-    """Return `(tokens, n)` as a contiguous `(n, tokens)`, in the memory of `out` if that has this shape.
-
-    By products with the identity where it can: torch's own transposition runs in one thread, and no faster in one.
-    """
-    tokens, width = matrix.shape
-    if out.shape != (width, tokens):
-        out = matrix.new_empty(width, tokens)
-    if matrix.device.type != "cpu" or tokens % TILE:
-        return out.copy_(matrix.t())
-    tiles = matrix.reshape(-1, TILE, width).transpose(1, 2)
-    torch.bmm(
-        tiles,
-        _identity(matrix.dtype).expand(len(tiles), -1, -1),
-        out=out.view(width, len(tiles), TILE).transpose(0, 1),
-    )
-    return out
-
-
-@lru_cache(maxsize=2)
-def _identity(dtype: torch.dtype) -> Tensor:
-    return torch.eye(TILE, dtype=dtype, device="cpu")
-
-
-@lru_cache(maxsize=1)
-def _pass_the_beta_warning() -> None:
-    """Let torch give its warning about compressed tensors, which it gives once, where nobody has to read it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), dtype=torch.float32)
-
-
-@lru_cache(maxsize=8)
-def _can_sample(device_type: str) -> bool:
-    """Return whether torch has the entry-by-entry product for a kind of device: not every build does."""
-    one = torch.ones(1, 1, device=device_type)
-    _pass_the_beta_warning()
-    try:
-        place = torch.tensor([0, 1], dtype=torch.int32, device=device_type)
-        product = torch.sparse_csr_tensor(place, place[:1], one[0], size=(1, 1), check_invariants=False)
-        return bool(torch.sparse.sampled_addmm(product, one, one).values().item() == 2)
-    except (NotImplementedError, RuntimeError):
-        return False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..codec import step_view
 from ..errors import UnsupportedError
-from ..kernels import Edit, StepGate, compose_parameter
+from ..kernels import Edit, StepGate, compose_parameter, take_entries
 from ..ranks import world_size
 from ..sparse import compose_entries
 from ..weights import is_sharded, merge_, restore_
@@ -23,7 +23,7 @@ from .holder import AdapterHolder
 from .offload import follow_tied_, is_away, onloaded, out_of_reach
 from .targets import covered_names
 
-__all__ = ["COMPOSE_CACHE_TOKENS", "ChildTuningLayer", "child_layers"]
+__all__ = ["COMPOSE_CACHE_TOKENS", "ChildTuningLayer", "child_layers", "outer_modules"]
 
 COMPOSE_CACHE_TOKENS = 512  # above, composing takes less than a twentieth of the product's time on a CPU
 
@@ -131,21 +131,19 @@ class ChildTuningLayer(AdapterHolder):
             edits = self._edits(parameter, ready)
             return self.composed(parameter, edits) if edits else self.base_parameter(parameter)
 
-    def _merge_plan(self, adapter_name: str) -> Iterator[tuple[str, Tensor | None, Tensor]]:
+    def _merge_plan(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor | None, Tensor]]:
+        """Yield name, base, positions and delta of every parameter that an adapter changes."""
         self._require_child(adapter_name)
+        held = self._values(adapter_name)
         for parameter in self.covered:
-            values = self._values(adapter_name).get(parameter)
+            values = held.get(parameter)
             if is_partitioned(base := self.base_parameter(parameter)) or is_sharded(base):
                 raise UnsupportedError(
                     f"{self.full_name(parameter)}: is divided among processes; save the adapter, and merge it into a "
                     "base that one process has loaded (under ZeRO-3, `deepspeed.zero.GatheredParameters` does, too)."
                 )
             if values is not None:
-                yield (
-                    parameter,
-                    self.decoded(adapter_name, parameter, self.base_parameter(parameter)).indices,
-                    values.detach(),
-                )
+                yield parameter, base, self.decoded(adapter_name, parameter, base).indices, values.detach()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weights in place, at the child's positions only.
@@ -176,17 +174,16 @@ class ChildTuningLayer(AdapterHolder):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         self.merged_adapters.append(adapter_name)
         self._replaced[adapter_name] = []
-        for parameter, indices, values in plan:
-            record = partial(self._record, adapter_name, parameter, indices)
-            merge_(self.base_parameter(parameter), indices, values, record=record)
+        for parameter, base, indices, values in plan:
+            merge_(base, indices, values, record=partial(self._record, adapter_name, parameter, indices))
 
     def _record(self, adapter_name: str, parameter: str, indices: Tensor | None, entries: Tensor) -> None:
         self._replaced[adapter_name].append((parameter, indices, entries))
 
-    def _merges_finite(self, parameter: str, indices: Tensor | None, values: Tensor) -> bool:
-        flat = self.base_parameter(parameter).detach().reshape(-1)
-        entries = flat if indices is None else flat[indices]
-        return bool(torch.isfinite(compose_entries(entries, values.to(flat.device))).all())
+    @staticmethod
+    def _merges_finite(_: str, base: Tensor, indices: Tensor | None, values: Tensor) -> bool:
+        entries = base.detach().reshape(-1) if indices is None else take_entries(base, indices)
+        return bool(torch.isfinite(compose_entries(entries, values.to(entries.device))).all())
 
     def unmerge(self) -> None:
         """Restore the base weights bit for bit, by writing back the entries that the merges replaced."""
@@ -295,22 +292,28 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None  # the latter: `torch.jit.trace`
 
 
-def child_layers(model: nn.Module) -> list[ChildTuningLayer]:
-    """Return a model's adapted layers, each once, in its own order: of tied ones the first serves the others.
+def outer_modules(model: nn.Module) -> list[nn.Module]:
+    """Return a model's modules, each once, in its own order, but for what adapted layers hold beside their base.
 
-    Faster than `model.modules()`, which shows when adapters are switched: what adapters hold is not searched.
+    Faster than `model.modules()`, which shows when adapters are switched.
     """
-    found: list[ChildTuningLayer] = []
-    seen: set[int] = set()
-    waiting: list[nn.Module] = [model]
+    found: list[nn.Module] = []
+    seen: set[nn.Module] = set()
+    waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if id(module) in seen:
+        if module is None or module in seen:
             continue
-        seen.add(id(module))
-        if isinstance(module, ChildTuningLayer):
-            found.append(module)
-            waiting.append(module.base_layer)
-        else:
-            waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+        seen.add(module)
+        found.append(module)
+        inside = module._modules
+        if "child_tuning_values" in inside:
+            waiting.append(inside["base_layer"])
+        elif inside:
+            waiting.extend(reversed(inside.values()))
     return found
+
+
+def child_layers(model: nn.Module) -> list[ChildTuningLayer]:
+    """Return a model's adapted layers, each once, in its own order: of tied ones the first serves the others."""
+    return [module for module in outer_modules(model) if isinstance(module, ChildTuningLayer)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TargetError, UnsupportedError
@@ -19,7 +20,7 @@ from .adopting import adopt_state_dict
 from .choosing import data_free_children
 from .config import ChildTuningConfig
 from .install import install_children, layers_of, prepare_places
-from .layer import ChildTuningLayer, child_layers
+from .layer import ChildTuningLayer, child_layers, outer_modules
 from .loading import PendingLoad, begin_load, remove_adapter
 from .modules import find_own_inputs, wrap
 from .native import watch
@@ -241,6 +242,22 @@ class ChildTuningModel(BaseTuner):
             if (module, name) != (parent, target_name):
                 module._modules[name] = layer
         self._replace_module(parent, target_name, layer, target)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters, as PEFT does it, but without a search of what the adapters hold."""
+        modules = outer_modules(self.model)
+        for module in modules:
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                _set_adapter(module, adapter_name, inference_mode=inference_mode)
+        for module in modules:
+            if isinstance(module, ChildTuningLayer):
+                if module.merged:
+                    warnings.warn(
+                        "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+                    )
+                    module.unmerge()
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge on every layer of this method, or, if `safe_merge` finds an entry that is not finite, on none."""
