@@ -4,7 +4,7 @@ from .compose import Edit, compose_parameter
 from .compose_cache import ComposeCache
 from .conv import child_conv
 from .entries import put_entries_, take_entries
-from .extension import extension
+from .extension import load_extension
 from .gate import StepGate
 from .hull import Hull, hull_of
 from .linear import child_linear
@@ -21,8 +21,8 @@ __all__ = [
     "child_linear",
     "compose_parameter",
     "hull_of",
-    "extension",
     "kernel_options",
+    "load_extension",
     "plain_linear",
     "put_entries_",
     "take_entries",

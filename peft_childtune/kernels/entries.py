@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .extension import extension, is_plain
+from .extension import is_plain, load_extension
 
 __all__ = ["put_entries_", "take_entries"]
 
@@ -32,7 +32,8 @@ def take_entries(tensor: Tensor, indices: Tensor) -> Tensor:
     entries = torch.empty(indices.numel(), dtype=tensor.dtype, device=tensor.device)
     if _move(tensor, indices, entries, writes=False):
         return entries
-    return tensor.detach()[_place(tensor, indices)]
+    view, index = _indexed(tensor, indices)
+    return view[index]
 
 
 def put_entries_(tensor: Tensor, indices: Tensor, entries: Tensor) -> None:
@@ -54,36 +55,27 @@ def put_entries_(tensor: Tensor, indices: Tensor, entries: Tensor) -> None:
                 [0., 2.]])
     """
     if not _move(tensor, indices, entries, writes=True):
-        tensor.data.index_put_(_place(tensor, indices), entries)
+        view, index = _indexed(tensor, indices)
+        view.index_put_(index, entries)
 
 
-def _place(tensor: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
-    """Return the index of flat positions in a tensor, which a convolution's in channels_last needs."""
-    return torch.unravel_index(indices.to(tensor.device, torch.int64), tensor.shape)
+def _indexed(tensor: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return a view of a tensor, without gradients, and the index of flat positions in it."""
+    positions = indices.to(tensor.device, torch.int64)
+    if tensor.is_contiguous():
+        return tensor.data.view(-1), (positions,)
+    return tensor.data, torch.unravel_index(positions, tensor.shape)  # convolutions in channels_last
 
 
 def _move(tensor: Tensor, indices: Tensor, entries: Tensor, *, writes: bool) -> bool:
     """Return whether the extension has moved the entries; it moves none if a position lies outside."""
-    library = extension()
-    size = tensor.element_size()
-    if (
-        library is None
-        or size not in _SIZES
-        or tensor.dtype != entries.dtype
-        or indices.dtype not in (torch.int32, torch.int64)
-        or indices.shape != entries.shape
-        or not is_plain(tensor, indices, entries)
-    ):
+    library = load_extension()
+    if library is None or not (is_plain(tensor) and is_plain(indices) and is_plain(entries)):
         return False
-    failed = library.move_entries(
-        tensor.data_ptr(),
-        tensor.numel(),
-        indices.data_ptr(),
-        indices.dtype == torch.int64,
-        indices.numel(),
-        entries.data_ptr(),
-        size,
-        writes,
-        torch.get_num_threads(),
-    )
-    return not failed
+    size, is_wide, count = tensor.element_size(), indices.dtype == torch.int64, indices.numel()
+    if entries.dtype != tensor.dtype or entries.numel() != count or size not in _SIZES:
+        return False
+    if not is_wide and indices.dtype != torch.int32:
+        return False
+    place = tensor.data_ptr(), tensor.numel(), indices.data_ptr(), is_wide, count
+    return not library.move_entries(*place, entries.data_ptr(), size, writes, torch.get_num_threads())

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .options import kernel_options
 
-__all__ = ["extension", "is_plain"]
+__all__ = ["is_plain", "load_extension"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +42,21 @@ _FUNCTIONS = {
 }
 
 
-def extension() -> ctypes.CDLL | None:
+def load_extension() -> ctypes.CDLL | None:
     """Return the compiled functions; None if `use_kernels` or the environment says so, or if there is no compiler."""
     return _load() if kernel_options.extension else None
 
 
-def is_plain(*tensors: Tensor) -> bool:
-    """Return whether C can read tensors: on the CPU, contiguous, none of torch's subclasses or lazy negations."""
-    for tensor in tensors:  # a loop: at a few microseconds for each of hundreds of tensors, a generator shows
-        if (
-            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
-            or not tensor.is_cpu
-            or tensor.layout is not torch.strided
-            or not tensor.is_contiguous()
-            or tensor.is_neg()
-        ):
-            return False
-    return True
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether C can read a tensor: on the CPU, contiguous, none of torch's subclasses or lazy negations."""
+    kind = type(tensor)
+    return (
+        (kind is Tensor or kind is torch.nn.Parameter)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .extension import extension, is_plain
+from .extension import is_plain, load_extension
 from .hull import Hull, columns_of
 
 __all__ = ["can_sample", "sampled_product"]
@@ -42,9 +42,9 @@ def sampled_product(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Ten
 
 def _by_extension(a: Tensor, b: Tensor, starts: Tensor, column: Tensor, hull: Hull) -> Tensor | None:
     """Return the entries, or None where the extension is not there or cannot read the arguments."""
-    library = extension()
+    library = load_extension()
     one, other = columns_of(a, hull.rows).contiguous(), columns_of(b, hull.columns).contiguous()
-    if library is None or one.dtype != torch.float32 or not is_plain(one, other, starts, column):
+    if library is None or one.dtype != torch.float32 or not all(map(is_plain, (one, other, starts, column))):
         return None
     factors = one.data_ptr(), one.shape[1], other.data_ptr(), other.shape[1]
     entries = torch.empty(column.numel())
@@ -106,7 +106,7 @@ def _pass_the_beta_warning() -> None:
 def can_sample(device_type: str, dtype: torch.dtype) -> bool:
     """Return whether there is an entry-by-entry product for a kind of device: not every build of torch has one."""
     return _torch_can_sample(device_type) or (
-        device_type == "cpu" and dtype == torch.float32 and extension() is not None
+        device_type == "cpu" and dtype == torch.float32 and load_extension() is not None
     )
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .extension import extension
+from .extension import load_extension
 from .hull import Hull, columns_of
 from .options import WeightGradient, kernel_options
 from .sampled import can_sample, sampled_product
@@ -43,7 +43,7 @@ def choose_path(
     if not is_whole:
         del cost["gather"]
     if device.type == "cpu" and dtype in (torch.float32, torch.float64) and can_sample("cpu", dtype):
-        fast = dtype == torch.float32 and extension() is not None
+        fast = dtype == torch.float32 and load_extension() is not None
         per_token = ENTRY_COST[fast] * nnz + TRANSPOSE_COST[fast] * (rows + columns) + _selection_cost(hull)
         cost["sampled"] = per_token * tokens + CALL_COST
     return min(cost, key=cost.__getitem__)

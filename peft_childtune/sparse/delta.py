@@ -105,6 +105,8 @@ def compose_entries(base: Tensor, values: Tensor) -> Tensor:
         tensor([1.0078], dtype=torch.bfloat16)
     """
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    if base.dtype == values.dtype == wide:
+        return base + values
     return (base.to(wide) + values.to(wide)).to(base.dtype)
 
 

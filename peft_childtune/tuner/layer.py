@@ -161,15 +161,17 @@ class ChildTuningLayer(AdapterHolder):
         with onloaded(self, writes=True):
             try:
                 for adapter_name in check_adapters_to_merge(self, adapter_names):
-                    if any(adapter_name in owner.child_tuning_values for owner in self._owners()):
-                        self._merge_one(adapter_name, safe_merge)
+                    for owner in self._owners():
+                        if adapter_name in owner._held("child_tuning_values"):
+                            self._merge_one(adapter_name, safe_merge)
+                            break
                 follow_tied_(self)
             except BaseException:
                 self.unmerge_to(before)
                 raise
 
     def _merge_one(self, adapter_name: str, safe_merge: bool) -> None:
-        plan = list(self._merge_plan(adapter_name)) if adapter_name in self.child_tuning_values else []
+        plan = list(self._merge_plan(adapter_name)) if adapter_name in self._held("child_tuning_values") else []
         if safe_merge and not all(self._merges_finite(*step) for step in plan):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         self.merged_adapters.append(adapter_name)

@@ -10,7 +10,7 @@ import torch
 
 from peft_childtune.errors import ConfigError
 from peft_childtune.kernels import Hull, hull_of, kernel_options, use_kernels
-from peft_childtune.kernels import weight_gradient as module
+from peft_childtune.kernels import sampled as module
 from peft_childtune.kernels.weight_gradient import child_gradient, choose_path
 
 _CPU = torch.device("cpu")
@@ -87,14 +87,14 @@ def test_a_device_without_the_sampled_product_falls_back_to_the_hull(monkeypatch
     def refuse(*args, **kwargs):
         raise NotImplementedError("no kernel")
 
-    module._can_sample.cache_clear()
+    module._torch_can_sample.cache_clear()
     monkeypatch.setattr(torch.sparse, "sampled_addmm", refuse)
     try:
-        with use_kernels(weight_gradient="sampled"):
+        with use_kernels(weight_gradient="sampled", extension=False):
             hull = hull_of(_child("random"), _SHAPE)
             assert choose_path(hull, nnz=30, tokens=8, dtype=torch.float32, device=_CPU) == "hull"
     finally:
-        module._can_sample.cache_clear()
+        module._torch_can_sample.cache_clear()
 
 
 def _path(indices, shape, *, tokens=2048, dtype=torch.float32, device=_CPU):

@@ -282,8 +282,8 @@ ROWS = [
         "a merge broken off after it has written",
         "the base bit for bit",
         "weights.py",
-        "    if record is not None:\n        record(replaced)\n    view.index_put_(index, composed)\n",
-        "    view.index_put_(index, composed)\n    if record is not None:\n        record(replaced)\n",
+        "    if record is not None:\n        record(replaced)\n    put_entries_(weight, indices, composed)\n",
+        "    put_entries_(weight, indices, composed)\n    if record is not None:\n        record(replaced)\n",
         "tests/trust/test_transactions.py -k merge",
     ),
     Row(

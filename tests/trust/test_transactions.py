@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_childtune import ChildTuningConfig, get_deltas
+from peft_childtune import ChildTuningConfig, get_deltas, weights
 from tests.contract.families import FAMILIES, add_noise, bits, differing, layers_in, same_bits, snapshot, wrap
 
 
@@ -18,11 +18,15 @@ class Interrupt(Exception):
 
 
 class _Faulty:
-    """Stands in for a method of `Tensor` that writes: the n-th call raises, before or after it has written."""
+    """Stands in for a method of `Tensor`, or a function of `weights`, that writes: the n-th call raises.
+
+    Before or after it has written.
+    """
 
     def __init__(self, name: str, patch: pytest.MonkeyPatch, *, n: int, written: bool) -> None:
-        self.left, self.real = n, getattr(torch.Tensor, name)
-        patch.setattr(torch.Tensor, name, lambda *args, **kwargs: self(written, *args, **kwargs))
+        owner = torch.Tensor if hasattr(torch.Tensor, name) else weights
+        self.left, self.real = n, getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **kwargs: self(written, *args, **kwargs))
 
     def __call__(self, written, *args, **kwargs):
         self.left -= 1
@@ -66,8 +70,8 @@ ACTIONS = {
 @pytest.mark.parametrize(
     ("name", "method", "options"),
     [
-        ("bert", "index_put_", {}),
-        ("gpt2", "index_put_", {}),
+        ("bert", "put_entries_", {}),
+        ("gpt2", "put_entries_", {}),
         ("bert", "copy_", {"mode": "task_free", "resample": True}),
     ],
     ids=["bert", "gpt2", "every weight"],
@@ -97,7 +101,7 @@ def test_a_failed_unloading_leaves_a_model_that_works_and_can_be_unloaded(monkey
     model, whole = _model("bert"), _model("bert")
     batch = FAMILIES["bert"].batch()
     with monkeypatch.context() as patch, torch.no_grad():
-        _Faulty("index_put_", patch, n=9, written=True)
+        _Faulty("put_entries_", patch, n=9, written=True)
         with pytest.raises(Interrupt):
             model.merge_and_unload()
     assert isinstance(model, PeftModel)
@@ -120,7 +124,7 @@ def test_a_switch_that_fails_at_any_step_can_be_done_again(step, monkeypatch):
         model.merge_adapter()
 
     with monkeypatch.context() as patch:
-        _Faulty("index_put_", patch, n=(3, 23, 45)[step], written=True)
+        _Faulty("put_entries_", patch, n=(3, 23, 45)[step], written=True)
         with pytest.raises(Interrupt):
             switch()
     if not any(_merged(model)):
@@ -152,7 +156,7 @@ def test_a_layer_that_is_merged_by_itself_is_merged_whole_or_not_at_all(n, monke
     model = _model("bert")
     before, layer = snapshot(model), layers_in(model)[0]
     with monkeypatch.context() as patch:
-        _Faulty("index_put_", patch, n=n, written=True)
+        _Faulty("put_entries_", patch, n=n, written=True)
         with pytest.raises(Interrupt):
             layer.merge()
     assert layer.merged_adapters == []
