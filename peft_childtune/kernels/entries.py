@@ -37,7 +37,7 @@ def take_entries(tensor: Tensor, indices: Tensor) -> Tensor:
 
 
 def put_entries_(tensor: Tensor, indices: Tensor, entries: Tensor) -> None:
-    """Write entries into a tensor in place, unseen by autograd; if a position lies outside, none is written.
+    """Write entries into a tensor in place, unseen by autograd.
 
     Args:
         tensor: any shape and layout.
@@ -68,7 +68,7 @@ def _indexed(tensor: Tensor, indices: Tensor) -> tuple[Tensor, tuple[Tensor, ...
 
 
 def _move(tensor: Tensor, indices: Tensor, entries: Tensor, *, writes: bool) -> bool:
-    """Return whether the extension has moved the entries; it moves none if a position lies outside."""
+    """Return whether the extension has moved the entries; raise if a position lies outside, with none moved."""
     library = load_extension()
     if library is None or not (is_plain(tensor) and is_plain(indices) and is_plain(entries)):
         return False
@@ -78,4 +78,6 @@ def _move(tensor: Tensor, indices: Tensor, entries: Tensor, *, writes: bool) -> 
     if not is_wide and indices.dtype != torch.int32:
         return False
     place = tensor.data_ptr(), tensor.numel(), indices.data_ptr(), is_wide, count
-    return not library.move_entries(*place, entries.data_ptr(), size, writes, torch.get_num_threads())
+    if library.move_entries(*place, entries.data_ptr(), size, writes, torch.get_num_threads()):
+        raise IndexError(f"positions span {int(indices.min())} to {int(indices.max())}, outside of {tensor.numel()}")
+    return True

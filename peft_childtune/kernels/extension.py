@@ -63,31 +63,40 @@ def is_plain(tensor: Tensor) -> bool:
 def _load() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0" or os.name != "posix":
         return None
-    compiler = shlex.split(os.environ.get("CC", "")) or next(
-        ([found] for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), []
-    )
-    if not compiler or not shutil.which(compiler[0]):
+    compiler = _compiler()
+    if not compiler:
         logger.info("no C compiler is found (CC, cc, gcc, clang): children are handled by torch's operations alone.")
         return None
-    commands = [[*compiler, *_BASIC, *flags] for flags in _VARIANTS]
     folder = _cache_folder()
-    kept = [] if folder is None else [folder / f"extension-{_key(command)}.so" for command in commands]
+    kept = [] if folder is None else [folder / f"extension-{_key([*compiler, *flags])}.so" for flags in _VARIANTS]
     reason = ""
     for path in filter(Path.exists, kept):
         try:
             return _opened(path)
         except OSError as error:  # damaged: it is made again
             reason = str(error)
-    for place, command in enumerate(commands):
+    for place, flags in enumerate(_VARIANTS):
         try:
-            return _compiled(command, kept[place] if kept else None)
+            return _compiled(compiler, flags, kept[place] if kept else None)
         except (OSError, subprocess.SubprocessError) as error:
             reason = str(getattr(error, "stderr", None) or error).strip()
     logger.info("%s cannot compile %s, so torch's operations are used: %s", compiler[0], _SOURCE.name, reason)
     return None
 
 
-def _compiled(command: list[str], kept: Path | None) -> ctypes.CDLL:
+def _compiler() -> list[str]:
+    """Return the command that compiles C, empty if there is none."""
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # no closing quotation
+        named = []
+    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(command[0]):
+            return command
+    return []
+
+
+def _compiled(compiler: list[str], flags: list[str], kept: Path | None) -> ctypes.CDLL:
     """Return the library that a compiler makes, and keep it at a path, if there is one.
 
     Raises:
@@ -96,8 +105,8 @@ def _compiled(command: list[str], kept: Path | None) -> ctypes.CDLL:
     """
     with tempfile.TemporaryDirectory(dir=None if kept is None else kept.parent, prefix=".build-") as folder:
         objects, made = f"{folder}/extension.o", f"{folder}/extension.so"
-        _run([*command, "-c", str(_SOURCE), "-o", objects])
-        _run([command[0], "-shared", objects, "-o", made])
+        _run([*compiler, *_BASIC, *flags, "-c", str(_SOURCE), "-o", objects])
+        _run([*compiler, "-shared", objects, "-o", made])
         library = _opened(Path(made))
         if kept is not None:
             os.replace(made, kept)  # whole or not at all: other processes may be about to load it
@@ -123,16 +132,16 @@ def _key(command: list[str]) -> str:
     cpu = Path("/proc/cpuinfo")  # a home folder may be shared by machines of several kinds
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    for part in (*command, str(program.stat().st_size), platform.platform(), features):
+    for part in (*command, *_BASIC, str(program.stat().st_size), platform.platform(), features):
         state.update(part.encode() + b"\0")
     return state.hexdigest()
 
 
 def _cache_folder() -> Path | None:
     """Return a folder that only this user can write to, or None if there is none."""
-    root = os.environ.get("PEFT_CHILDTUNE_CACHE") or Path.home() / ".cache" / "peft_childtune"
-    folder = Path(root) / "kernels"
     try:
+        root = os.environ.get("PEFT_CHILDTUNE_CACHE") or Path.home() / ".cache" / "peft_childtune"
+        folder = Path(root) / "kernels"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
     except (OSError, RuntimeError):  # RuntimeError: no home

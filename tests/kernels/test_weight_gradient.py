@@ -73,6 +73,44 @@ def test_an_entry_that_is_not_finite_shows_in_the_gradients_that_it_belongs_to(p
     assert found.isfinite().tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64, 129, 400])
+@pytest.mark.parametrize("kind", _KINDS)
+def test_the_extension_returns_the_entries_of_the_dense_product(kind, tokens, threads):
+    indices = _child(kind)
+    a, b = torch.randn(tokens, 12), torch.randn(tokens, 20)
+    torch.set_num_threads(threads)
+    try:
+        with use_kernels(weight_gradient="sampled", extension=True):
+            found = child_gradient(a, b, indices=indices, hull=hull_of(indices, _SHAPE))
+    finally:
+        torch.set_num_threads(1)
+    # float32 sums of `tokens` products, none of which is much larger than 10
+    expected = (a.double().t() @ b.double()).view(-1)[indices].float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=10 * tokens * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("shape", [(3000, 40), (40, 3000), (1, 1), (1, 257), (130, 1)])
+@pytest.mark.parametrize("density", [0.003, 0.5])
+def test_matrices_of_all_shapes_are_sampled(shape, density):
+    numel = shape[0] * shape[1]
+    indices = torch.randperm(numel)[: max(1, int(density * numel))].sort().values
+    a, b = torch.randn(150, shape[0]), torch.randn(150, shape[1])
+    with use_kernels(weight_gradient="sampled", extension=True):
+        found = child_gradient(a, b, indices=indices.int(), hull=Hull(shape))
+    expected = (a.double().t() @ b.double()).view(-1)[indices].float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # 150 products of up to 20
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_without_the_extension_float32_is_sampled_by_torch(kind):
+    indices = _child(kind)
+    a, b = torch.randn(150, 12), torch.randn(150, 20)
+    with use_kernels(weight_gradient="sampled", extension=False):
+        found = child_gradient(a, b, indices=indices, hull=hull_of(indices, _SHAPE))
+    torch.testing.assert_close(found, (a.t() @ b).view(-1)[indices], rtol=1e-4, atol=1e-4)
+
+
 def test_strided_arguments_are_read_by_logical_position():
     indices = _child("random")
     a, b = torch.randn(12, 40).t(), torch.randn(40, 40)[:, ::2]
@@ -111,7 +149,11 @@ def _random(density, shape=(768, 768)):
 def test_the_cheapest_path_follows_density_structure_dtype_and_device():
     every = torch.arange(768 * 768).view(768, 768)
     assert _path(_random(0.01), (768, 768)) == "sampled"
-    assert _path(_random(0.3), (768, 768)) == "gather"
+    assert _path(_random(0.2), (768, 768)) == "sampled"
+    assert _path(_random(0.5), (768, 768)) == "gather"
+    with use_kernels(extension=False):
+        assert _path(_random(0.01), (768, 768)) == "sampled"
+        assert _path(_random(0.2), (768, 768)) == "gather"
     assert _path(every[::10].reshape(-1), (768, 768)) == "hull"
     assert _path(every[:, ::10].reshape(-1), (768, 768)) == "hull"
     assert _path(_random(0.01), (768, 768), dtype=torch.bfloat16) == "gather"
