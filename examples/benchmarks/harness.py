@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import peft_childtune
+from peft_childtune.kernels import load_extension
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -92,6 +93,7 @@ def environment(seed: int, *, device: str) -> dict[str, Value]:
         "python": platform.python_version(),
         **versions,
         "peft_childtune": peft_childtune.__version__,
+        "extension": load_extension() is not None,
         "commit": _git("rev-parse", "HEAD"),
         "package_modified": bool(_git("status", "--porcelain", "--", "peft_childtune")),
         "seed": seed,

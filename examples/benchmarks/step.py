@@ -5,7 +5,8 @@
 
 One process; for each density all methods are built anew and timed in turns. `fisher` is the paper's child, chosen by
 Fisher information; all other children, the authors' masks and SHiRA's are random: positions without
-structure are the slowest. Super-Tuning's are the largest weights.
+structure are the slowest. Super-Tuning's are the largest weights. Behind a colon: the path that is forced, or `torch`
+for torch's operations alone, without the C extension.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ def methods(density: float) -> list[str]:
     """Return what is timed beside the references at one density."""
     names = ["shira", "supertuning", "fisher", "element"]
     if density in (0.1, 0.01):
-        names += ["rows", "columns", "block16", "element:sampled", "element:gather"]
+        names += ["rows", "columns", "block16", "element:sampled", "element:gather", "element:torch"]
     return names + ["lora_r16"] * (density == 0.1)
 
 
 def run(case: Trainee, batch: Batch, path: str) -> None:
-    with use_kernels(weight_gradient=path or None):  # None: the library chooses
+    without_extension = path == "torch"
+    forced = None if without_extension else path or None  # None: the library chooses
+    with use_kernels(weight_gradient=forced, extension=not without_extension):
         case.step(batch)
 
 

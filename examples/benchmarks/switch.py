@@ -15,13 +15,16 @@ from peers import Base, base_arguments, base_of, config, randomise, trainable
 from peft import get_peft_model
 from torch import Tensor, nn
 
-METHODS = ("lora_r8", "shira", "supertuning", "element", "rows")
+from peft_childtune.kernels import use_kernels
+
+METHODS = ("lora_r8", "shira", "supertuning", "element", "element:torch", "rows")  # torch: without the C extension
 
 
 class Switched:
     """A model with the adapters `default` and `b`, the first of them merged."""
 
     def __init__(self, method: str, base: Base, *, density: float) -> None:
+        method, _, self.without_extension = method.partition(":")
         plain = base.build()
         self.original = {name: value.clone() for name, value in plain.state_dict().items()}
         first, second = (config(method, plain, density=density, seed=seed, head=False) for seed in (0, 1))
@@ -35,9 +38,10 @@ class Switched:
         self.model.merge_adapter()
 
     def switch(self) -> None:
-        self.model.unmerge_adapter()
-        self.model.set_adapter(self.names[0])
-        self.model.merge_adapter()
+        with use_kernels(extension=not self.without_extension):
+            self.model.unmerge_adapter()
+            self.model.set_adapter(self.names[0])
+            self.model.merge_adapter()
         self.names.reverse()
 
     def differing(self) -> int:

@@ -71,6 +71,7 @@ def peers_of(
 KINDS = {
     "fisher": "of the weights, by Fisher information",
     "element": "of the weights, at random",
+    "element:torch": "of the weights, at random, without the extension",
     "rows": "of the rows, at random",
     "columns": "of the columns, at random",
 }
@@ -105,19 +106,17 @@ def memory_lines(rows: Sequence[Row]) -> list[Line]:
 
 
 def switch_lines(rows: Sequence[Row]) -> list[Line]:
-    ours = next(row for row in rows if row["method"] == "element")
-    density = ours["density"]
+    density = next(row for row in rows if row["method"] == "element")["density"]
     seconds = {name: 1000 * value for name, value in peers_of(rows, "seconds", density=density).items()}
     changed = peers_of(rows, "base_entries_changed", density=density)
-    return [
-        Line(f"milliseconds, {100 * density:g} % of the weights", 1000 * ours["seconds"], seconds, digits=0),
-        Line(
-            "base weights that are not what they were after the last unmerge",
-            ours["base_entries_changed"],
-            changed,
-            digits=0,
-        ),
-    ]
+    lines = []
+    for method in ("element", "element:torch", "rows"):
+        ours = find(rows, method=method, density=density)
+        if ours is not None:
+            lines.append(Line(f"ms, {100 * density:g} % {KINDS[method]}", 1000 * ours["seconds"], seconds, digits=0))
+    changes = max(row["base_entries_changed"] for row in rows if row["method"] not in PEERS)
+    what = "base weights that are not what they were after the last unmerge"
+    return [*lines, Line(what, changes, changed, digits=0)]
 
 
 def inference_lines(rows: Sequence[Row]) -> list[Line]:
@@ -239,7 +238,8 @@ def machine(environments: Sequence[Row]) -> str:
     commits = ", ".join(dict.fromkeys(str(e["commit"])[:7] + "+" * bool(e["package_modified"]) for e in environments))
     versions = ", ".join(f"{package} {values(package)}" for package in ("torch", "peft", "transformers"))
     threads = " or ".join(values("threads").split(", "))  # coding is timed on one
-    where = f"{values('gpu') or values('cpu')}, {threads} threads"
+    extension = "" if all(e.get("extension") for e in environments) else ", not all with the C extension"
+    where = f"{values('gpu') or values('cpu')}, {threads} threads{extension}"
     return f"{where}; {versions}; commit {commits}; {values('date')}; seed {values('seed')}."
 
 
