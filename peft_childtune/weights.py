@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from ctypes import c_bool
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,13 @@ import xxhash
 from torch import Tensor
 
 from .errors import DeltaError, UnsupportedError
-from .kernels import put_entries_, take_entries
+from .kernels import merge_entries_, put_entries_
 from .sparse import compose_entries
 
 __all__ = [
     "FINGERPRINT_BYTES",
     "Fingerprint",
+    "Replaced",
     "check_finite",
     "digest",
     "fingerprint",
@@ -30,9 +32,24 @@ FINGERPRINT_BYTES = 33  # one dtype code, then four hashes of 8 bytes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+@dataclass(slots=True, eq=False)
+class Replaced:
+    """What a merge has replaced in one weight.
+
+    Attributes:
+        indices: `(nnz,)`, flat row-major positions; None for every position.
+        entries: `(nnz,)`, or of the weight's shape, where every position is written.
+        is_written: whether the merge took place; before that, there is nothing in `entries`.
+    """
+
+    indices: Tensor | None
+    entries: Tensor
+    is_written: c_bool
+
+
 def merge_(
-    weight: Tensor, indices: Tensor | None, values: Tensor, *, record: Callable[[Tensor], object] | None = None
-) -> Tensor:
+    weight: Tensor, indices: Tensor | None, values: Tensor, *, record: Callable[[Replaced], object] | None = None
+) -> Replaced:
     """Write round(float(W) + delta) into `weight` in place and return the entries it replaced.
 
     Only the child's positions are written, and autograd sees nothing of it.
@@ -44,35 +61,31 @@ def merge_(
         record: called with what will be returned before anything is written, so that even a write that is broken off
             can be undone.
 
-    Returns:
-        `(nnz,)`, or a copy of the weight where every position is written.
-
     Raises:
         UnsupportedError: the weight is on the meta device.
     """
     weight = _present(weight)
     values = values.data.to(weight.device)
-    if indices is None:
-        replaced = weight.clone()
-        if record is not None:
-            record(replaced)
-        weight.copy_(compose_entries(weight.reshape(-1), values).view(weight.shape))
-        return replaced
-    replaced = take_entries(weight, indices)
-    composed = compose_entries(replaced, values)
+    entries = weight.clone() if indices is None else weight.new_empty(indices.numel())
+    replaced = Replaced(indices, entries, c_bool(indices is None))
     if record is not None:
         record(replaced)
-    put_entries_(weight, indices, composed)
+    if indices is None:
+        weight.copy_(compose_entries(weight.reshape(-1), values).view(weight.shape))
+    else:
+        merge_entries_(weight, indices, values, replaced=entries, is_written=replaced.is_written)
     return replaced
 
 
-def restore_(weight: Tensor, indices: Tensor | None, replaced: Tensor) -> None:
+def restore_(weight: Tensor, replaced: Replaced) -> None:
     """Write the entries that `merge_` replaced back into `weight` in place: bit for bit, or cast as the weight was."""
     weight = _present(weight)
-    if indices is None:
-        weight.copy_(replaced)
+    if not replaced.is_written.value:
         return
-    put_entries_(weight, indices, replaced.to(weight))
+    if replaced.indices is None:
+        weight.copy_(replaced.entries)
+    else:
+        put_entries_(weight, replaced.indices, replaced.entries.to(weight))
 
 
 def _present(weight: Tensor) -> Tensor:

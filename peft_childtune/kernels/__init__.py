@@ -3,7 +3,7 @@
 from .compose import Edit, compose_parameter
 from .compose_cache import ComposeCache
 from .conv import child_conv
-from .entries import put_entries_, take_entries
+from .entries import merge_entries_, put_entries_, take_entries
 from .extension import load_extension
 from .gate import StepGate
 from .hull import Hull, hull_of
@@ -23,6 +23,7 @@ __all__ = [
     "hull_of",
     "kernel_options",
     "load_extension",
+    "merge_entries_",
     "plain_linear",
     "put_entries_",
     "take_entries",

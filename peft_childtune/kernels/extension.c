@@ -62,6 +62,35 @@ EXPORT int move_entries(char *tensor, int64_t numel, const void *indices, int is
     return 0;
 }
 
+INLINE void add(float *tensor, const void *indices, int is_wide, const float *delta, float *replaced, int64_t first,
+                int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+        int64_t next = i + AHEAD < last ? i + AHEAD : i;
+        __builtin_prefetch(tensor + position(indices, is_wide, next), 1, 3);
+        float *place = tensor + position(indices, is_wide, i);
+        replaced[i] = *place;
+        *place = replaced[i] + delta[i];
+    }
+}
+
+/* Add `count` numbers to entries of a float tensor, and note what these were: in one pass, as the memory is what takes
+   the time. `is_written` becomes 1. Returns 1, with nothing done, if a position is not in [0, numel). */
+EXPORT int merge_entries(float *tensor, int64_t numel, const void *indices, int is_wide, int64_t count,
+                         const float *delta, float *replaced, _Bool *is_written, int threads) {
+    if (is_wide ? is_outside(indices, 1, count, numel) : is_outside(indices, 0, count, numel)) return 1;
+    if (count < FEW) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int part = 0; part < threads; part++) {
+        int64_t first = count * part / threads, last = count * (part + 1) / threads;
+        if (is_wide)
+            add(tensor, indices, 1, delta, replaced, first, last);
+        else
+            add(tensor, indices, 0, delta, replaced, first, last);
+    }
+    *is_written = 1;
+    return 0;
+}
+
 /* ---- SDDMM: the entries of a.T @ b at a child's positions ---- */
 
 #if defined(__AVX512F__)

@@ -38,6 +38,7 @@ _VARIANTS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march=nati
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FUNCTIONS = {
     "move_entries": [_POINTER, _LONG, _POINTER, _INT, _LONG, _POINTER, _LONG, _INT, _INT],
+    "merge_entries": [_POINTER, _LONG, _POINTER, _INT, _LONG, _POINTER, _POINTER, _POINTER, _INT],
     "sampled_product": [_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _INT],
 }
 

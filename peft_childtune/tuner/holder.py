@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import SelectionError
 from ..kernels import ComposeCache
 from ..sparse import SparseDelta, TensorChild
-from ..weights import Fingerprint
+from ..weights import Fingerprint, Replaced
 from .gathered import shape_of
 from .offload import onloaded, out_of_reach
 from .state import ChildCode, ChildValues, Decoded
@@ -64,7 +64,7 @@ class AdapterHolder(_Plain, BaseTunerLayer):
         self._module_name = module_name
         self._tied: dict[str, tuple[AdapterHolder, str]] = {}  # parameters that another layer's child serves
         self._pending: dict[str, PendingLoad] = {}
-        self._replaced: dict[str, list[tuple[str, Tensor | None, Tensor]]] = {}  # parameter, positions, entries
+        self._replaced: dict[str, list[tuple[str, Replaced]]] = {}  # by adapter: parameter, what was in it
         # by adapter and parameter, with the positions for which they hold; see `gathered.py`
         self._fingerprints: dict[str, dict[str, tuple[Tensor | None, Fingerprint]]] = {}
         self._compose_cache = ComposeCache()

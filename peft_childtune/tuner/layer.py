@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..errors import UnsupportedError
 from ..kernels import Edit, StepGate, compose_parameter, take_entries
 from ..ranks import world_size
 from ..sparse import compose_entries
-from ..weights import is_sharded, merge_, restore_
+from ..weights import Replaced, is_sharded, merge_, restore_
 from .ddp import check_synchronised
 from .gathered import is_partitioned, remember_base
 from .holder import AdapterHolder
@@ -177,10 +178,10 @@ class ChildTuningLayer(AdapterHolder):
         self.merged_adapters.append(adapter_name)
         self._replaced[adapter_name] = []
         for parameter, base, indices, values in plan:
-            merge_(base, indices, values, record=partial(self._record, adapter_name, parameter, indices))
+            merge_(base, indices, values, record=partial(self._record, adapter_name, parameter))
 
-    def _record(self, adapter_name: str, parameter: str, indices: Tensor | None, entries: Tensor) -> None:
-        self._replaced[adapter_name].append((parameter, indices, entries))
+    def _record(self, adapter_name: str, parameter: str, replaced: Replaced) -> None:
+        self._replaced[adapter_name].append((parameter, replaced))
 
     @staticmethod
     def _merges_finite(_: str, base: Tensor, indices: Tensor | None, values: Tensor) -> bool:
@@ -203,8 +204,8 @@ class ChildTuningLayer(AdapterHolder):
             try:
                 while len(self.merged_adapters) > len(remaining):
                     adapter_name = self.merged_adapters[-1]
-                    for parameter, indices, entries in self._replaced.get(adapter_name, []):
-                        restore_(self.base_parameter(parameter), indices, entries)
+                    for parameter, replaced in self._replaced.get(adapter_name, []):
+                        restore_(self.base_parameter(parameter), replaced)
                     self.merged_adapters.pop()  # not before: if a restoration fails, it can be tried again
                     self._replaced.pop(adapter_name, None)
                 follow_tied_(self)
@@ -220,12 +221,12 @@ class ChildTuningLayer(AdapterHolder):
         """
         with onloaded(self, writes=True):
             for adapter_name in self.merged_adapters[-1:]:
-                for parameter, indices, entries in self._replaced.get(adapter_name, []):
+                for parameter, replaced in self._replaced.get(adapter_name, []):
                     values = self._values(adapter_name).get(parameter)
                     assert values is not None  # it was merged
-                    delta = values.detach().to(entries.device)
+                    delta, entries = values.detach().to(replaced.entries.device), replaced.entries
                     merged = compose_entries(entries.reshape(-1), delta).view(entries.shape)
-                    restore_(self.base_parameter(parameter), indices, merged)
+                    restore_(self.base_parameter(parameter), replace(replaced, entries=merged))
             for adapter_name in before[len(self.merged_adapters) :]:
                 self._merge_one(adapter_name, safe_merge=False)
             follow_tied_(self)
@@ -248,9 +249,9 @@ class ChildTuningLayer(AdapterHolder):
             return weight
         weight = weight.clone()
         for adapter_name in reversed(self.merged_adapters):
-            for name, indices, entries in self._replaced.get(adapter_name, []):
+            for name, replaced in self._replaced.get(adapter_name, []):
                 if name == parameter:
-                    restore_(weight, indices, entries)
+                    restore_(weight, replaced)
         return weight
 
     def _adapters_of_forward(self, kwargs: dict[str, Any]) -> list[str]:

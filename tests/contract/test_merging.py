@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import accelerate
 import pytest
@@ -277,7 +278,23 @@ def test_a_merged_resampled_child_keeps_the_weights_it_replaced_and_no_positions
     model = add_noise(get_peft_model(base, config))
     layer = model.base_model.model[0]
     model.merge_adapter()
-    assert all(positions is None for _, positions, _ in layer._replaced["default"])
+    assert all(replaced.indices is None for _, replaced in layer._replaced["default"])
     assert same_bits(layer.base_parameter("weight"), before + layer.get_delta_weight("default"))
     model.unmerge_adapter()
     assert same_bits(layer.base_parameter("weight"), before)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_merged_model_can_be_unmerged(copied):
+    family = FAMILIES["bert"]
+    base = family.build()
+    before = snapshot(base)
+    model = add_noise(wrap(base, family, score="magnitude", density=0.3))
+    model.merge_adapter()
+    other = copied(model)
+    assert changed_base(other, before)
+    other.unmerge_adapter()
+    assert changed_base(other, before) == []
+    assert changed_base(model, before)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ctypes import c_bool
+
 import pytest
 import torch
 
-from peft_childtune.kernels import load_extension, put_entries_, take_entries, use_kernels
+from peft_childtune.kernels import load_extension, merge_entries_, put_entries_, take_entries, use_kernels
 
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -45,6 +47,40 @@ def test_entries_are_read_and_written_at_their_row_major_positions(dtype, index_
     for i, entry in zip(indices.tolist(), entries.tolist(), strict=True):
         expected[i] = entry
     assert tensor.reshape(-1).tolist() == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 17, 5000])
+@pytest.mark.parametrize("layout", ["rows", "channels_last"])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", _DTYPES)
+def test_merged_entries_are_sums_that_were_rounded_once(dtype, index_dtype, layout, count, threads):
+    tensor, indices, values = _tensor(dtype, layout), _positions(count, index_dtype), torch.randn(count)
+    before = tensor.reshape(-1).clone()
+    replaced, is_written = torch.empty(count, dtype=dtype), c_bool(False)
+    torch.set_num_threads(threads)
+    try:
+        merge_entries_(tensor, indices, values, replaced=replaced, is_written=is_written)
+    finally:
+        torch.set_num_threads(1)
+    assert is_written.value
+    assert torch.equal(replaced, before[indices.long()])
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = before.clone()
+    for place, entry, value in zip(indices.tolist(), replaced, values, strict=True):
+        expected[place] = (entry.to(wide) + value.to(wide)).to(dtype)
+    assert torch.equal(tensor.reshape(-1), expected)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_a_merge_that_would_write_outside_writes_nothing(index_dtype):
+    tensor, indices = _tensor(torch.float32), _positions(5000, index_dtype)
+    indices[-1] = 12600
+    before, is_written = tensor.clone(), c_bool(False)
+    with pytest.raises(IndexError):
+        merge_entries_(tensor, indices, torch.ones(5000), replaced=torch.empty(5000), is_written=is_written)
+    assert torch.equal(tensor, before)
+    assert not is_written.value
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)

@@ -282,8 +282,16 @@ ROWS = [
         "a merge broken off after it has written",
         "the base bit for bit",
         "weights.py",
-        "    if record is not None:\n        record(replaced)\n    put_entries_(weight, indices, composed)\n",
-        "    put_entries_(weight, indices, composed)\n    if record is not None:\n        record(replaced)\n",
+        "    if record is not None:\n        record(replaced)\n    if indices is None:\n",
+        "    if indices is None:\n",
+        "tests/trust/test_transactions.py -k merge",
+    ),
+    Row(
+        "a merge broken off before it has read what it replaces",
+        "the base bit for bit",
+        "weights.py",
+        "    if not replaced.is_written.value:\n        return\n",
+        "",
         "tests/trust/test_transactions.py -k merge",
     ),
     Row(

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_childtune import ChildTuningConfig, get_deltas, weights
+from peft_childtune.kernels import use_kernels
 from tests.contract.families import FAMILIES, add_noise, bits, differing, layers_in, same_bits, snapshot, wrap
 
 
@@ -17,24 +18,34 @@ class Interrupt(Exception):
     """Stands for a full memory, a lost device, or Ctrl-C."""
 
 
-class _Faulty:
-    """Stands in for a method of `Tensor`, or a function of `weights`, that writes: the n-th call raises.
+_WRITES = {  # what writes entries
+    "extension": (weights, ("merge_entries_", "put_entries_")),
+    "torch": (torch.Tensor, ("index_put_",)),
+    "every weight": (torch.Tensor, ("copy_",)),
+}
 
-    Before or after it has written.
+
+class _Faulty:
+    """Stands in for functions of one module, or methods of one class: the n-th call of them raises.
+
+    Before it does anything, or after it has done it.
     """
 
-    def __init__(self, name: str, patch: pytest.MonkeyPatch, *, n: int, written: bool) -> None:
-        owner = torch.Tensor if hasattr(torch.Tensor, name) else weights
-        self.left, self.real = n, getattr(owner, name)
-        patch.setattr(owner, name, lambda *args, **kwargs: self(written, *args, **kwargs))
+    def __init__(self, owner: object, names: tuple[str, ...], patch: pytest.MonkeyPatch, *, n: int, written: bool):
+        self.left = n
+        for name in names:
+            patch.setattr(owner, name, self._faulty(getattr(owner, name), written))
 
-    def __call__(self, written, *args, **kwargs):
-        self.left -= 1
-        if self.left == 0:
-            if written:
-                self.real(*args, **kwargs)
-            raise Interrupt
-        return self.real(*args, **kwargs)
+    def _faulty(self, real, written):
+        def run(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                if written:
+                    real(*args, **kwargs)
+                raise Interrupt
+            return real(*args, **kwargs)
+
+        return run
 
 
 def _model(name, *, score="random", **options):
@@ -68,16 +79,17 @@ ACTIONS = {
 @pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize(
-    ("name", "method", "options"),
+    ("name", "writer", "options"),
     [
-        ("bert", "put_entries_", {}),
-        ("gpt2", "put_entries_", {}),
-        ("bert", "copy_", {"mode": "task_free", "resample": True}),
+        ("bert", "extension", {}),
+        ("gpt2", "extension", {}),
+        ("bert", "torch", {}),
+        ("bert", "every weight", {"mode": "task_free", "resample": True}),
     ],
-    ids=["bert", "gpt2", "every weight"],
+    ids=["bert", "gpt2", "bert without the extension", "every weight"],
 )
 def test_whichever_write_fails_the_model_is_what_it_was_bit_for_bit(
-    name, method, options, action, written, monkeypatch
+    name, writer, options, action, written, monkeypatch
 ):
     prepare, act = ACTIONS[action]
     model = _model(name, **options)
@@ -86,8 +98,8 @@ def test_whichever_write_fails_the_model_is_what_it_was_bit_for_bit(
     n, failed = 0, True
     while failed:
         n += 5 if n > 3 else 1  # a layer has at most four writes: this meets the first and the last of them
-        with monkeypatch.context() as patch:
-            fault = _Faulty(method, patch, n=n, written=written)
+        with monkeypatch.context() as patch, use_kernels(extension=writer == "extension"):
+            fault = _Faulty(*_WRITES[writer], patch, n=n, written=written)
             with contextlib.suppress(Interrupt):
                 act(model)
             failed = fault.left <= 0
@@ -101,7 +113,7 @@ def test_a_failed_unloading_leaves_a_model_that_works_and_can_be_unloaded(monkey
     model, whole = _model("bert"), _model("bert")
     batch = FAMILIES["bert"].batch()
     with monkeypatch.context() as patch, torch.no_grad():
-        _Faulty("put_entries_", patch, n=9, written=True)
+        _Faulty(*_WRITES["extension"], patch, n=9, written=True)
         with pytest.raises(Interrupt):
             model.merge_and_unload()
     assert isinstance(model, PeftModel)
@@ -124,7 +136,7 @@ def test_a_switch_that_fails_at_any_step_can_be_done_again(step, monkeypatch):
         model.merge_adapter()
 
     with monkeypatch.context() as patch:
-        _Faulty("put_entries_", patch, n=(3, 23, 45)[step], written=True)
+        _Faulty(*_WRITES["extension"], patch, n=(3, 23, 45)[step], written=True)
         with pytest.raises(Interrupt):
             switch()
     if not any(_merged(model)):
@@ -156,7 +168,7 @@ def test_a_layer_that_is_merged_by_itself_is_merged_whole_or_not_at_all(n, monke
     model = _model("bert")
     before, layer = snapshot(model), layers_in(model)[0]
     with monkeypatch.context() as patch:
-        _Faulty("put_entries_", patch, n=n, written=True)
+        _Faulty(*_WRITES["extension"], patch, n=n, written=True)
         with pytest.raises(Interrupt):
             layer.merge()
     assert layer.merged_adapters == []
@@ -182,7 +194,7 @@ def test_wherever_loading_onto_a_live_model_breaks_off_each_adapter_is_whole(pla
         model = add_noise(wrap(family.build(), family, score="random", density=0.2), seed=1)
         before, old = snapshot(model), _deltas(model, "default")
         with monkeypatch.context() as patch:
-            fault = _Faulty(method, patch, n=n, written=False)
+            fault = _Faulty(torch.Tensor, (method,), patch, n=n, written=False)
             with contextlib.suppress(Interrupt, RuntimeError):  # the latter: torch's, about what it could not copy
                 model.load_adapter(tmp_path, place)
         if fault.left > 0:
