@@ -65,7 +65,7 @@ def put_entries_(tensor: Tensor, indices: Tensor, entries: Tensor) -> None:
 def merge_entries_(tensor: Tensor, indices: Tensor, values: Tensor, *, replaced: Tensor, is_written: c_bool) -> None:
     """Add a delta to entries of a tensor in place, unseen by autograd, and note what these were.
 
-    An exception may come before or after, and `is_written` tells which, but never in the middle.
+    Whenever an exception comes, `is_written` tells whether the entries in `replaced` are to be written back.
 
     Args:
         tensor: any shape and layout.
@@ -91,7 +91,7 @@ def merge_entries_(tensor: Tensor, indices: Tensor, values: Tensor, *, replaced:
         return
     replaced.copy_(take_entries(tensor, indices))
     merged = compose_entries(replaced, values)
-    is_written.value = True  # nearly: what comes from here on is undone by writing what is there already
+    is_written.value = True  # before the write: what is written back too early is what is there
     put_entries_(tensor, indices, merged)
 
 

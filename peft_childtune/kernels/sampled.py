@@ -18,9 +18,9 @@ from .hull import Hull, columns_of
 __all__ = ["can_sample", "sampled_product"]
 
 CHUNK = 128  # tokens
-WIDE = 2048  # rows and columns, of which half as many tokens fill the cache,
-DENSE = 32  # unless so many entries to each row and column profit from a longer chunk
-PAD = 16  # tokens: chunks are a multiple of it
+WIDE = 2048  # rows and columns together; of more, half as many tokens fill the cache of a core
+DENSE = 32  # entries to each row or column, from which on the longer chunk is the faster one all the same
+PAD = 16  # tokens; chunks are a multiple of it
 TILE = 32  # tokens that torch transposes by one product with the identity
 
 
@@ -43,8 +43,10 @@ def sampled_product(a: Tensor, b: Tensor, *, indices: Tensor, hull: Hull) -> Ten
 def _by_extension(a: Tensor, b: Tensor, starts: Tensor, column: Tensor, hull: Hull) -> Tensor | None:
     """Return the entries, or None where the extension is not there or cannot read the arguments."""
     library = load_extension()
+    if library is None or not a.dtype == b.dtype == torch.float32 or len(a) != len(b):
+        return None
     one, other = columns_of(a, hull.rows).contiguous(), columns_of(b, hull.columns).contiguous()
-    if library is None or one.dtype != torch.float32 or not all(map(is_plain, (one, other, starts, column))):
+    if not all(map(is_plain, (one, other, starts, column))):
         return None
     factors = one.data_ptr(), one.shape[1], other.data_ptr(), other.shape[1]
     entries = torch.empty(column.numel())

@@ -74,7 +74,7 @@ def test_an_entry_that_is_not_finite_shows_in_the_gradients_that_it_belongs_to(p
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64, 129, 400])
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 17, 64, 129, 400])
 @pytest.mark.parametrize("kind", _KINDS)
 def test_the_extension_returns_the_entries_of_the_dense_product(kind, tokens, threads):
     indices = _child(kind)
@@ -100,6 +100,16 @@ def test_matrices_of_all_shapes_are_sampled(shape, density):
         found = child_gradient(a, b, indices=indices.int(), hull=Hull(shape))
     expected = (a.double().t() @ b.double()).view(-1)[indices].float()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # 150 products of up to 20
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [(torch.ones(5, 12), torch.ones(4, 20)), (torch.ones(5, 12), torch.ones(5, 20, dtype=torch.float64))],
+    ids=["tokens", "dtypes"],
+)
+def test_factors_that_do_not_fit_each_other_are_refused_and_not_read(a, b):
+    with use_kernels(weight_gradient="sampled", extension=True), pytest.raises(RuntimeError):
+        child_gradient(a, b, indices=torch.tensor([0, 25]), hull=Hull(_SHAPE))
 
 
 @pytest.mark.parametrize("kind", _KINDS)
