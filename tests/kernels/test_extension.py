@@ -14,6 +14,8 @@ import torch
 from peft_childtune.kernels import extension as module
 from peft_childtune.kernels import load_extension, take_entries, use_kernels
 
+needs_compiler = pytest.mark.skipif(not module._compiler(), reason="needs a C compiler")
+
 
 @pytest.fixture
 def _fresh(tmp_path, monkeypatch, caplog):
@@ -30,6 +32,7 @@ def _kept(folder):
     return sorted(path.name for path in (folder / "kernels").iterdir())
 
 
+@needs_compiler
 @pytest.mark.usefixtures("_fresh")
 def test_it_is_compiled_once_and_found_by_the_next_process(tmp_path, monkeypatch, caplog):
     assert load_extension() is not None
@@ -58,6 +61,7 @@ def test_the_environment_can_forbid_it(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_compiler
 def test_a_block_can_do_without_it():
     with use_kernels(extension=False):
         assert load_extension() is None
@@ -66,6 +70,7 @@ def test_a_block_can_do_without_it():
         assert load_extension() is None
 
 
+@needs_compiler
 @pytest.mark.usefixtures("_fresh")
 def test_a_damaged_library_in_the_cache_is_made_again(tmp_path, caplog):
     load_extension()
@@ -79,6 +84,7 @@ def test_a_damaged_library_in_the_cache_is_made_again(tmp_path, caplog):
     assert kept.stat().st_size == size
 
 
+@needs_compiler
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("mode", [0o777, 0o770], ids=oct)
 def test_a_cache_that_others_can_write_to_is_not_used(mode, tmp_path):
@@ -89,18 +95,21 @@ def test_a_cache_that_others_can_write_to_is_not_used(mode, tmp_path):
     assert _kept(tmp_path) == []
 
 
+@needs_compiler
 @pytest.mark.usefixtures("_fresh")
 def test_a_cache_that_cannot_be_made_is_done_without(tmp_path):
     (tmp_path / "kernels").write_text("a file")
     assert load_extension() is not None
 
 
+@needs_compiler
 @pytest.mark.usefixtures("_fresh")
 def test_the_cache_belongs_to_the_user_alone(tmp_path):
     load_extension()
     assert stat.S_IMODE((tmp_path / "kernels").stat().st_mode) == 0o700
 
 
+@needs_compiler
 def test_processes_that_compile_at_the_same_time_all_have_it(tmp_path):
     script = "from peft_childtune.kernels import load_extension; assert load_extension() is not None"
     environment = os.environ | {"PEFT_CHILDTUNE_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -109,6 +118,7 @@ def test_processes_that_compile_at_the_same_time_all_have_it(tmp_path):
     assert len(_kept(tmp_path)) == 1
 
 
+@needs_compiler
 @pytest.mark.usefixtures("_fresh")
 def test_it_brings_no_threads_of_its_own(tmp_path):
     load_extension()
