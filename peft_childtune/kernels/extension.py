@@ -111,7 +111,8 @@ def _compiled(compiler: list[str], flags: list[str], kept: Path | None) -> ctype
         library = _opened(Path(made))
         if kept is not None:
             os.replace(made, kept)  # whole or not at all: other processes may be about to load it
-    logger.info("compiled %s%s", _SOURCE.name, "" if kept is None else f" into {kept}")
+    how, where = " ".join(flags) or "the defaults", "memory" if kept is None else kept
+    logger.info("compiled %s with %s into %s", _SOURCE.name, how, where)  # without -fopenmp it runs on one thread
     return library
 
 
