@@ -1,6 +1,6 @@
 """Run the benchmarks, draw their plots, and write the table of the README.
 
-python examples/benchmarks/report.py                       # everything, about 35 minutes on two idle cores
+python examples/benchmarks/report.py                       # everything, about 25 minutes on two idle cores
 python examples/benchmarks/report.py --only step memory    # some of it; the other results stay as they are
 python examples/benchmarks/report.py --plots-only          # plots and table from the result files as they are
 python examples/benchmarks/report.py --device cuda         # on a GPU: results, plots and a table of its own

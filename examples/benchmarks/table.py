@@ -13,6 +13,7 @@ PEERS = {
     "lora_r8": "LoRA r8",
     "shira": "SHiRA",
     "supertuning": "Super-Tuning",
+    "numpy": "numpy.partition",
 }
 INDEX_BYTES = {"shira": 8.0, "supertuning": 4.0}  # two int32, one int32 for each trained weight
 WIDTHS = {"bert": "BERT-base", "gpt2": "GPT-2", "llama": "Llama 1B"}
@@ -90,7 +91,7 @@ def step_tables(rows: Sequence[Row]) -> Tables:
             peers = peers_of(here, "to_full", density=density)
             for method, kind in KINDS.items():
                 ours = find(here, method=method, density=density)
-                if ours is not None and (method in ("fisher", "element") or position == 0):
+                if ours is not None and (method in ("fisher", "element", "element:torch") or position == 0):
                     lines.append(Line(f"{100 * density:g} % {kind}", ours["to_full"], peers))
     return tables
 
@@ -127,7 +128,7 @@ def inference_lines(rows: Sequence[Row]) -> list[Line]:
         lora = find(here, case="lora_r8 merged")
         unmerged = find(here, case="element", density=0.01)
         name = f"{shape[0]} x {shape[1]} tokens"
-        if shape == (16, 128) and merged and lora:
+        if merged and lora:
             lines.append(Line(f"merged, {name}", merged["to_base"], {"lora_r8": lora["to_base"]}))
         if unmerged:
             peers = peers_of(here, "to_base", density=0.01, key="case")
@@ -159,8 +160,11 @@ def fisher_index_size_lines(rows: Sequence[Row]) -> list[Line]:
 def selection_lines(rows: Sequence[Row]) -> list[Line]:
     lines = []
     for row in [row for row in rows if row["method"] == "ours" and row["kind"] == "normal"]:
-        percentile = find(rows, method="numpy.percentile (authors)", kind="normal", density=row["density"])
-        peers = {"authors": percentile["to_kthvalue"]} if percentile else {}
+        peers = {}
+        for name, method in (("authors", "numpy.percentile (authors)"), ("numpy", "numpy.partition")):
+            peer = find(rows, method=method, kind="normal", density=row["density"])
+            if peer is not None:
+                peers[name] = peer["to_kthvalue"]
         what = f"{row['scores'] / 1e6:g} M scores, {100 * row['density']:g} %"
         lines.append(Line(what, row["to_kthvalue"], peers))
     return lines
