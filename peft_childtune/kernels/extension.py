@@ -27,7 +27,8 @@ __all__ = ["is_plain", "load_extension"]
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "PEFT_CHILDTUNE_EXTENSION"  # environment variable; 0: never compile or load anything
+SWITCH = "PEFT_CHILDTUNE_EXTENSION"  # environment variable, read once a process
+_OFF = ("0", "false", "no", "off")  # its values by which nothing is compiled or loaded
 _SOURCE = Path(__file__).with_name("extension.c")
 _SECONDS = 120  # a compiler that takes longer is given up
 _BASIC = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden"]
@@ -62,11 +63,15 @@ def is_plain(tensor: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def _load() -> ctypes.CDLL | None:
-    if os.environ.get(SWITCH) == "0" or os.name != "posix":
+    if os.environ.get(SWITCH, "").lower() in _OFF or os.name != "posix":
         return None
     compiler = _compiler()
     if not compiler:
-        logger.info("no C compiler is found (CC, cc, gcc, clang): children are handled by torch's operations alone.")
+        named = os.environ.get("CC")
+        missing = (
+            f"CC={named} is no command; unset it for cc, gcc or clang" if named else "no cc, gcc or clang is found"
+        )
+        logger.info("%s: children are handled by torch's operations alone.", missing)
         return None
     folder = _cache_folder()
     kept = [] if folder is None else [folder / f"extension-{_key([*compiler, *flags])}.so" for flags in _VARIANTS]
@@ -111,8 +116,11 @@ def _compiled(compiler: list[str], flags: list[str], kept: Path | None) -> ctype
         library = _opened(Path(made))
         if kept is not None:
             os.replace(made, kept)  # whole or not at all: other processes may be about to load it
-    how, where = " ".join(flags) or "the defaults", "memory" if kept is None else kept
-    logger.info("compiled %s with %s into %s", _SOURCE.name, how, where)  # without -fopenmp it runs on one thread
+    how = " ".join(flags) or "the defaults"  # without -fopenmp it runs on one thread
+    where = (
+        "for this process only: no folder to keep it in that is this user's alone" if kept is None else f"into {kept}"
+    )
+    logger.info("compiled %s with %s %s", _SOURCE.name, how, where)
     return library
 
 

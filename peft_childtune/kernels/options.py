@@ -51,6 +51,7 @@ def use_kernels(
             tokens: one copy of the adapted weights in memory, for the speed of the base. None leaves it as it is.
         extension: whether loops in C, compiled on first use, do on a CPU what torch is slow at: the entry-by-entry
             product in float32, merging and unmerging. False: torch's operations alone. None leaves it as it is.
+            (`PEFT_CHILDTUNE_EXTENSION=0` in the environment cannot be undone here.)
 
     Raises:
         ConfigError: an unknown path.

@@ -56,8 +56,16 @@ def test_without_a_compiler_that_works_torch_does_the_work(compiler, monkeypatch
 
 
 @pytest.mark.usefixtures("_fresh")
-def test_the_environment_can_forbid_it(monkeypatch, tmp_path):
-    monkeypatch.setenv(module.SWITCH, "0")
+def test_a_compiler_that_is_named_and_is_not_there_is_named_in_the_log(monkeypatch, caplog):
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert load_extension() is None
+    assert "CC=/nowhere/cc is no command; unset it for cc, gcc or clang" in caplog.text
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("value", ["0", "false", "No", "OFF"])
+def test_the_environment_can_forbid_it(value, monkeypatch, tmp_path):
+    monkeypatch.setenv(module.SWITCH, value)
     assert load_extension() is None
     assert list(tmp_path.iterdir()) == []
 
@@ -88,11 +96,12 @@ def test_a_damaged_library_in_the_cache_is_made_again(tmp_path, caplog):
 @needs_compiler
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("mode", [0o777, 0o770], ids=oct)
-def test_a_cache_that_others_can_write_to_is_not_used(mode, tmp_path):
+def test_a_cache_that_others_can_write_to_is_not_used(mode, tmp_path, caplog):
     folder = tmp_path / "kernels"
     folder.mkdir()
     folder.chmod(mode)
     assert load_extension() is not None
+    assert "for this process only" in caplog.text
     assert _kept(tmp_path) == []
 
 
